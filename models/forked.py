@@ -2,6 +2,8 @@
 
 - a forked process shares everything that its parent has loaded, such as a tokenizer, without copying or importing
 - results are awaited in order, so the error that is raised is that of the first failing item
+- signals that ask to end are the parent's: forked processes block them, since some senders signal all at once (a
+  terminal, `timeout`, systemd, Slurm)
 - forked processes use neither torch.distributed nor a GPU, which do not survive a fork; they exit without cleanup of
   either, and do not finalise what their parent has left to the garbage collector: the destructor of an earlier run's
   process group joins threads that a fork does not have, and crashes or waits without end
@@ -16,11 +18,23 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing.context import ForkContext, ForkProcess
 from typing import TypeVar
+
+from models.functions import ASK_TO_END
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Thing, Result = TypeVar("Thing"), TypeVar("Result")
+
+
+class _Process(ForkProcess):
+    def terminate(self) -> None:
+        """What the pool does to the others when a process has died; they block SIGTERM."""
+        self.kill()
+
+
+class _Context(ForkContext):
+    Process = _Process
 
 
 def map_in_processes(
@@ -32,7 +46,7 @@ def map_in_processes(
     if num_workers < 2 or sys.platform != "linux":
         yield from map(function, things)
         return
-    pool = ProcessPoolExecutor(num_workers, get_context("fork"), initializer=_begin, initargs=(function, os.getpid()))
+    pool = ProcessPoolExecutor(num_workers, _Context(), initializer=_begin, initargs=(function, os.getpid()))
     waiting: deque = deque()
     try:
         for thing in things:
@@ -48,23 +62,24 @@ def map_in_processes(
 
 
 def _submit(pool: ProcessPoolExecutor, thing) -> Future:
-    """Submits a call. The first one forks all processes, which must not collect their parent's garbage (_begin)."""
+    """Submits a call. The first one forks all processes, which must not collect their parent's garbage (_begin), and
+    keep the blocked signals."""
     collects = gc.isenabled()
     gc.disable()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASK_TO_END)
     try:
         return pool.submit(_call, thing)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if collects:
             gc.enable()
 
 
 def _begin(function: Callable, parent: int) -> None:
-    """Initialises a forked process: it leaves alone what its parent has created, ends when its parent does, ignores
-    Ctrl-C, and keeps the function."""
+    """Initialises a forked process: it leaves alone what its parent has created, ends when its parent does, and
+    keeps the function."""
     gc.freeze()
     gc.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # the parent has ended already
         os._exit(1)

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from models import common, record_files, rows
 from models.forked import map_in_processes
+from models.functions import ASK_TO_END
 from models.parts import cut_whole
 from models.records import EncodingCounts, Limits, Record
 from models.reward import encode_pair_record
@@ -322,11 +323,16 @@ def test_the_first_bad_line_is_named(workers, big, chat_folder, tmp_path):
 
 
 def test_a_worker_that_is_killed(monkeypatch):
-    """Catches an endless wait for a process that the system killed for its memory, and results out of order."""
+    """Catches an endless wait for a process that the system killed for its memory, or for one that is busy meanwhile;
+    processes that die of a signal to the whole group, and results out of order."""
     found = map_in_processes(lambda x: (time.sleep(0.02 * (x == 0)), x)[1], range(20), 3, fewer="")
     assert list(found) == list(range(20))
+    found = map_in_processes(lambda x: os.kill(os.getpid(), ASK_TO_END[x]), range(len(ASK_TO_END)), 2, fewer="")
+    assert list(found) == [None] * len(ASK_TO_END)
+    fate, began = [partial(time.sleep, 60), lambda: os.kill(os.getpid(), 9)], time.monotonic()
     with pytest.raises(ValueError, match=r"killed.*lower --flag$"):
-        list(map_in_processes(lambda x: os.kill(os.getpid(), 9), range(3), 2, fewer="lower --flag"))
+        list(map_in_processes(lambda x: fate[x](), range(2), 2, fewer="lower --flag"))
+    assert time.monotonic() - began < 30
 
 
 def test_forks_leave_garbage_to_their_parent(tmp_path):

@@ -24,6 +24,8 @@ from typing import TypeVar
 from models.functions import ASK_TO_END
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# looked up before a fork, which may find the loader's lock held by a thread that it lacks
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 Thing, Result = TypeVar("Thing"), TypeVar("Result")
 
 
@@ -80,7 +82,7 @@ def _begin(function: Callable, parent: int) -> None:
     keeps the function."""
     gc.freeze()
     gc.enable()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # the parent has ended already
         os._exit(1)
     _call.function = function

@@ -9,6 +9,7 @@
   process group joins threads that a fork does not have, and crashes or waits without end
 """
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -64,27 +65,39 @@ def map_in_processes(
 
 
 def _submit(pool: ProcessPoolExecutor, thing) -> Future:
-    """Submits a call. The first one forks all processes, which must not collect their parent's garbage (_begin), and
-    keep the blocked signals."""
-    collects = gc.isenabled()
-    gc.disable()
+    """Submits a call. The first one forks all processes, which keep the blocked signals."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASK_TO_END)
     try:
-        return pool.submit(_call, thing)
+        with without_collections():
+            return pool.submit(_call, thing)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """The context in which to fork: a collection in the fork, before begin_fork, would take its parent's garbage."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
         if collects:
             gc.enable()
 
 
-def _begin(function: Callable, parent: int) -> None:
-    """Initialises a forked process: it leaves alone what its parent has created, ends when its parent does, and
-    keeps the function."""
+def begin_fork(parent: int) -> None:
+    """Makes a forked process leave its parent's garbage alone, and end when its parent does."""
     gc.freeze()
     gc.enable()
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if _prctl is not None:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # the parent has ended already
         os._exit(1)
+
+
+def _begin(function: Callable, parent: int) -> None:
+    begin_fork(parent)
     _call.function = function
 
 

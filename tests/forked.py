@@ -17,9 +17,12 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
+
+from models.forked import begin_fork, without_collections
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = ("torch._dynamo", "torch.onnx", "torch.distributed.checkpoint", "training.train_ppo", "training.train_grpo")
@@ -37,6 +40,23 @@ def start_server() -> socket.socket:
         serve(theirs)
     theirs.close()
     return ours
+
+
+def fork(action: Callable[[], object]) -> int:
+    """Returns the pid of a fork of this process that does action() and exits, with code 1 after an error. It leaves
+    earlier tests' garbage alone: the destructor of a process group, say, joins threads that the fork lacks."""
+    parent = os.getpid()
+    with without_collections():
+        child = os.fork()
+        if child == 0:
+            try:
+                begin_fork(parent)
+                action()
+                os._exit(0)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+    return child
 
 
 @cache

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import time
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -16,7 +17,7 @@ from inference import lines
 from inference.lines import LineWriter
 from models import shared
 from tests import tiny
-from tests.forked import Forked
+from tests.forked import Forked, fork
 from tests.inference.test_generate import SCRIPT, generate, records
 from tests.models.test_shared import answer_of, end, in_child
 
@@ -89,15 +90,14 @@ def test_ranks_take_turns(tmp_path):
     """Catches mixed lines of several ranks on a file system without locks; a rank that waits forever for one that was
     killed during its turn, or appends to the torn line it left; and a turn that still blocks the next run."""
     out = tmp_path / "out.jsonl"
-    children, writer = [], LineWriter(out, {}, active=True, num_lines=0)
-    for rank in range(4):
-        child = os.fork()
-        children.append(child)
-        if child == 0:
-            with mock.patch.object(lines, "_several_ranks", lambda: True):
-                for i in range(50):
-                    writer.write({"rank": rank, "i": i, "text": "x" * 20_000})
-            os._exit(0)
+    writer = LineWriter(out, {}, active=True, num_lines=0)
+
+    def write_all(rank):
+        with mock.patch.object(lines, "_several_ranks", lambda: True):
+            for i in range(50):
+                writer.write({"rank": rank, "i": i, "text": "x" * 20_000})
+
+    children = [fork(partial(write_all, rank)) for rank in range(4)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert {(line["rank"], line["i"]) for line in tiny.read_lines(out)} == set(itertools.product(range(4), range(50)))
     assert not list(tmp_path.glob(".*"))

@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import threading
-import traceback
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -27,6 +26,7 @@ from models.files import write_whole
 from models.fsdp import start_ranks
 from models.model import read_hf_config
 from tests import tiny
+from tests.forked import fork
 from tests.models.test_checkpoint import same_weights
 
 
@@ -157,15 +157,7 @@ CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir")
 
 def run_aside(action) -> None:
     """Runs action in a forked process."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-            os._exit(0)
-        finally:
-            traceback.print_exc()
-            os._exit(1)
-    assert os.waitpid(pid, 0)[1] == 0
+    assert os.waitpid(fork(action), 0)[1] == 0
 
 
 def copy(source: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from models import shared
 from models.shared import hold
+from tests.forked import fork
 
 WHAT = "--output_dir out"
 
@@ -18,18 +19,18 @@ WHAT = "--output_dir out"
 def in_child(work):
     """Forks a process that does work(), reports its outcome in a line, and then stays until it is killed."""
     reads, writes = os.pipe()
-    child = os.fork()
-    if child == 0:
+
+    def reported():
         signal.alarm(60)  # also if the test ends without killing it
         try:
             kept = work()
             os.write(writes, b"done")
             signal.pause()
-            os._exit(len(str(kept)))
+            return kept
         except BaseException as error:
             os.write(writes, str(error).encode()[:1000])
-        finally:
-            os._exit(3)
+
+    child = fork(reported)
     os.close(writes)
     return child, reads
 

@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib.machinery import SOURCE_SUFFIXES, SourceFileLoader
 from pathlib import Path
@@ -43,7 +44,9 @@ BATCH, ANSWER = ("prompts", "completions", "examples"), ("prompt", "completion",
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Context manager or decorator that restores what a user's code may change for the whole process: the directory
-    (flags' paths are relative to it), signal handlers, and torch's grad mode, defaults, threads, precision and GPU."""
+    (flags' paths are relative to it), the stop signals' handlers, the timer of alarms, which would interrupt the run
+    later, and torch's grad mode, defaults, threads, precision and GPU. (SIGALRM's handler is for the user's file.)"""
+    (alarm, interval), began = signal.getitimer(signal.ITIMER_REAL), time.monotonic()
     directory, torch = os.getcwd(), sys.modules.get("torch")
     handlers = {number: signal.getsignal(number) for number in ASK_TO_END}
     if torch is not None:
@@ -53,6 +56,8 @@ def undisturbed() -> Iterator[None]:
     try:
         yield
     finally:
+        left = max(alarm - (time.monotonic() - began), 1e-6) if alarm else 0.0
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
         os.chdir(directory)
         for number, handler in handlers.items():
             if handler is not None and signal.getsignal(number) != handler:

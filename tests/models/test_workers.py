@@ -5,6 +5,7 @@ import gc
 import math
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from models.functions import call_batch, load_grader
+from models.functions import call_batch, load_grader, undisturbed
 from models.workers import GradingArgs, Pool, _Dispatcher, _Worker
 from tests import tiny
 
@@ -260,6 +261,26 @@ def test_forms(file, tmp_path, monkeypatch):
     assert load_grader("--reward_fn", "f.py:turned").function.__code__.co_filename == str(tmp_path / "f.py")
     graders = [load_grader("--reward_fn", f"{file}:{name}") for name in ("judge", "batch", "evil")]
     assert [(g.per_answer, g.is_async) for g in graders] == [(True, True), (False, True), (True, False)]
+
+
+def test_an_alarm_ends_with_its_call(tmp_path):
+    """Catches an alarm that a batch function, or its file, leaves pending and that is raised in the run, a timer of the
+    run itself that it takes away or sets back, and a handler that the file set for its alarms lost."""
+    code = "import signal, time\nsignal.signal(signal.SIGALRM, lambda *_: None)\nsignal.alarm(9)\n\n\n"
+    code += "def f(prompts, completions, examples): signal.alarm(9); time.sleep(0.01); return [1]\n"
+    (tmp_path / "f.py").write_text(code)
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        for own in ((0.0, 0.0), (99.0, 7.0)):
+            signal.setitimer(signal.ITIMER_REAL, *own)
+            grader = undisturbed()(load_grader)("--reward_fn", f"{tmp_path / 'f.py'}:f")
+            assert call_batch(grader, ["a"], ["b"], [{}]) == [(1, None)]
+            left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
+            assert (left, interval) == own if not own[0] else 20 < left <= 98.99 and interval == 7
+            assert signal.getsignal(signal.SIGALRM) != before
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_file_that_is_edited_meanwhile(tmp_path):

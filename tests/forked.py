@@ -37,7 +37,11 @@ def start_server() -> socket.socket:
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
         ours.close()
-        serve(theirs)
+        try:
+            serve(theirs)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
     theirs.close()
     return ours
 

@@ -3,6 +3,8 @@
 import ast
 import dataclasses
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,16 @@ def test_folder_of_a_script_is_not_searched(name, monkeypatch):
     monkeypatch.setattr("sys.path", found)
     exec("\n".join(lines[:end]), {"__file__": str(FILES[name])})
     assert found == [str(tiny.ROOT), "", "/elsewhere"]
+
+
+def test_a_server_that_fails_is_no_second_suite():
+    """Catches an error in the server of tests/forked.py that leaves it in the tests' own code, as a copy of them."""
+    code = """import os
+from tests.forked import start_server
+try:
+    start_server().sendall(b"no request\\n")
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+finally:
+    print("left")"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, capture_output=True, text=True)
+    assert done.stdout == "1\nleft\n" and "JSONDecodeError" in done.stderr, done.stderr

@@ -9,7 +9,9 @@
 models/workers.py starts it. It does not import torch.
 """
 
+import contextlib
 import ctypes
+import glob
 import json
 import os
 import resource
@@ -85,12 +87,14 @@ def _supervise(child: int, requests: int, wake: int) -> NoReturn:
 
 
 def _children() -> set[int] | None:
-    """The children of this thread; None if the system does not tell (Linux does)."""
-    try:
-        with open("/proc/thread-self/children") as file:
-            return {int(pid) for pid in file.read().split()}
-    except OSError:
+    """The children of this process, by whichever thread; None if the system does not tell (Linux does)."""
+    if not os.path.exists("/proc/thread-self/children"):
         return None
+    found = set()
+    for path in glob.iglob("/proc/self/task/*/children"):
+        with contextlib.suppress(OSError), open(path) as file:  # the thread may have ended
+            found.update(map(int, file.read().split()))
+    return found
 
 
 # --------------------------------------------------------------------------- what runs the functions

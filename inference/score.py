@@ -63,6 +63,7 @@ from models.reward import (
     Scored,
     cut_completion,
     cut_steps,
+    distinct,
     encode_to_score,
     read_reward_kind,
     sigmoid,
@@ -205,6 +206,7 @@ def main(args: ScoreArgs) -> None:
             block.compile(dynamic=True)  # blocks share compiled code; that of a whole model would grow with its layers
     split = Split(args.batch_size, mesh["dp"], folder.pad_token_id)
     num_tokens = sum(len(row.input_ids) for item in items[first:] for row in item.rows)
+    computed = []  # lengths
     clock = Stopwatch(runtime.device)
     with (
         LineWriter(args.scored_file, begun, is_main_rank(), num_done) as writer,
@@ -214,12 +216,13 @@ def main(args: ScoreArgs) -> None:
             window = items[start : start + size]
             rows = [row for item in window for row in item.rows]
             scores = iter(step_scores(model, rows, split, bar, taken=True))
+            computed += [len(row.input_ids) for row in distinct(rows)[0]]
             for i, item in enumerate(window, start=start):
                 line = line_of(item, [next(scores) for _ in item.rows], kind, args)
                 if i >= num_done:
                     writer.write(line)
                     lines.append(line)
-    speed = speed_of(folder.config, runtime, mesh.size(), items[first:], num_tokens, clock.lap())
+    speed = speed_of(folder.config, runtime, mesh.size(), computed, num_tokens, clock.lap())
 
     chosen = lines
     if args.best_of_n:
@@ -343,19 +346,20 @@ def num_weights(config: ModelConfig) -> int:
 
 
 def speed_of(
-    config: ModelConfig, runtime: Runtime, num_ranks: int, items: list[Item], num_tokens: int, seconds: float
+    config: ModelConfig, runtime: Runtime, num_ranks: int, computed: list[int], num_tokens: int, seconds: float
 ) -> dict[str, str]:
     """Rows of the card: tokens/s without padding, and MFU (a third of training's FLOPs, over the datasheet's peak),
-    where that peak is known."""
+    where that peak is known. computed: the lengths of the rows that the model computed: equal ones once in a window."""
     if not num_tokens:
         return {}
-    rate = num_tokens / seconds
-    rows = {"speed": f"{rate:,.1f} tok/s", "memory": f"{peak_memory(runtime.device) / 1e9:,.2f} GB peak"}
+    rows = {
+        "speed": f"{num_tokens / seconds:,.1f} tok/s",
+        "memory": f"{peak_memory(runtime.device) / 1e9:,.2f} GB peak",
+    }
     peak = peaks(runtime.device)
     if peak:
-        mean_len = mean_length([len(ids) for item in items for ids in item.sequences])
-        flops = config.training_flops_per_token(mean_len, has_lm_head=False) / 3
-        rows["speed"] += f", MFU {rate * flops / peak[0] / num_ranks:.1%}"
+        flops = config.training_flops_per_token(mean_length(computed), has_lm_head=False) / 3 * sum(computed)
+        rows["speed"] += f", MFU {flops / seconds / peak[0] / num_ranks:.1%}"
     return rows
 
 

@@ -346,6 +346,14 @@ def rows_to_score(judged: list[Pair] | list[Scored]) -> tuple[list[Example], lis
     return rows, [(i, position) for i, row in enumerate(judged) for position in row.positions]
 
 
+def distinct(rows: list[Scored]) -> tuple[list[Scored], list[int]]:
+    """(the rows without repetitions, the number of each row there)"""
+    places_of = {}
+    keys = [(hashlib.sha256(np.asarray(row.input_ids, np.int64)).digest(), *row.positions) for row in rows]
+    which = [places_of.setdefault(key, len(places_of)) for key in keys]
+    return list(dict(zip(which, rows)).values()), which
+
+
 def step_scores(
     model: Transformer, rows: list[Scored], split: Split, bar: tqdm | None = None, *, taken: bool = False
 ) -> list[list[float]]:
@@ -356,10 +364,9 @@ def step_scores(
     taken: a replica takes the next batch when it has finished one. Not for a model sharded by FSDP, whose replicas must
     all have the same number of batches.
     """
-    device, places_of = model.inv_freq.device, {}
-    keys = [(hashlib.sha256(np.asarray(row.input_ids, np.int64)).digest(), *row.positions) for row in rows]
-    which = [places_of.setdefault(key, len(places_of)) for key in keys]
-    rows, counts = list(dict(zip(which, rows)).values()), Counter(which)
+    device = model.inv_freq.device
+    rows, which = distinct(rows)
+    counts = Counter(which)
     first = list(itertools.accumulate((len(row.positions) for row in rows), initial=0))
     scores = torch.zeros(first[-1], device=device)
     lengths = [len(row.input_ids) for row in rows]

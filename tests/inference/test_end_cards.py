@@ -6,6 +6,11 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForSequenceClassification
+
 from inference import score
 from models import generation
 from models.tokenizer import Tokenizer
@@ -48,11 +53,19 @@ def test_a_card_without_decoded_tokens(folder, tmp_path, monkeypatch):
 
 
 def test_speed_of_score(rm, tmp_path, monkeypatch):
-    """Catches seconds over tokens, and padding or the tokens of other records in the speed."""
+    """Catches seconds over tokens, padding or the tokens of other records in the speed, and FLOPs of rows whose score
+    is an equal row's, of a head or of a backward in MFU. The oracle is torch's FLOP counter on transformers' model."""
     monkeypatch.setattr(score, "Stopwatch", lambda device: SimpleNamespace(lap=lambda: 8.0))
+    monkeypatch.setattr(score, "peaks", lambda device: (1e6, 1e6))
     records = [{"prompt": f"{i} plus", "completion": " so" * i} for i in range(9)]
-    data, tokenizer = tiny.write_records(tmp_path / "data.jsonl", records), Tokenizer(rm)
+    data, tokenizer = tiny.write_records(tmp_path / "data.jsonl", records + records[-1:] * 7), Tokenizer(rm)
     flags = ("--checkpoint_path", rm, "--data_file", data, "--output_file", tmp_path / "out.jsonl")
     result = tiny.run("inference/score.py", *flags)
-    num_tokens = sum(len(tokenizer.encode(each["prompt"] + each["completion"])) + 1 for each in records)  # EOS
-    assert re.search(r"speed +([\d.]+) tok/s\n", result.stdout)[1] == f"{num_tokens / 8:.1f}", result
+    rows = [[*tokenizer.encode(each["prompt"] + each["completion"]), tokenizer.eos_token_id] for each in records]
+    theirs = AutoModelForSequenceClassification.from_pretrained(rm)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for row in rows:
+            theirs(torch.tensor([row]))
+    speed, mfu = re.search(r"speed +([\d.]+) tok/s, MFU ([\d.]+)%\n", result.stdout).groups()
+    assert speed == f"{sum(map(len, rows + rows[-1:] * 7)) / 8:.1f}", result
+    assert float(mfu) == pytest.approx(100 * counter.get_total_flops() / 8 / 1e6, rel=0.04), result

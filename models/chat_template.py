@@ -115,6 +115,7 @@ class ChatTemplate:
     @cached_property
     def behind_an_answer(self) -> str:
         """The text after the content of an assistant's message; "" if the template fails on the simplest chat."""
+        self._check_sandbox()  # whose refusal is not a failure of the template
         chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
         try:
             found = self.locate(chat)
@@ -137,10 +138,13 @@ class ChatTemplate:
             self.ignored.add(name)
             say(f"{self.folder}: {name!r} of chat_template_kwargs is ignored, which the reward model's template lacks")
 
-    def _render(self, messages, add_generation_prompt: bool, values: dict, marks: tuple[str, str]) -> str:
+    def _check_sandbox(self) -> None:
         if found := _unsafe_jinja():
             why = f"a chat template can leave the sandbox of jinja2 {found}; install jinja2>=3.1.6"
             raise ValueError(f"{self.folder}: {why}")
+
+    def _render(self, messages, add_generation_prompt: bool, values: dict, marks: tuple[str, str]) -> str:
+        self._check_sandbox()
         usual = {"tools": None, "documents": None, **self._tokens}
         values = {**usual, **values, "add_generation_prompt": add_generation_prompt, "_generation": marks}
         failure = None

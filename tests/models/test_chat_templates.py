@@ -160,15 +160,18 @@ def test_bad_texts_and_chats(tmp_path):
 
 @pytest.mark.parametrize("version", ["3.0.3", "3.1.5", "3.1.6", "3.2.0", "3.2.dev0", "4"])
 def test_jinja_whose_sandbox_has_holes(version, tmp_path, monkeypatch):
-    """Catches a template that runs in a sandbox with known holes, and a newer version taken for an older one."""
+    """Catches a template that runs in a sandbox with known holes, or is said to end no turn since it may not run there,
+    and a newer version taken for an older one."""
     monkeypatch.setattr(models.chat_template, "version", lambda package: {"jinja2": version}[package])
     monkeypatch.setattr(models.chat_template, "_unsafe_jinja", models.chat_template._unsafe_jinja.__wrapped__)
     folder = sentencepiece_folder(tmp_path, {"chat_template": LLAMA2_CHAT})
-    render = partial(Tokenizer(folder).chat_template.render, CHAT, add_generation_prompt=True)
+    tokenizer = Tokenizer(folder)
+    render = partial(tokenizer.chat_template.render, CHAT, add_generation_prompt=True)
     if version in ("3.0.3", "3.1.5"):
-        error_of(render, folder, f"jinja2 {version}", "install jinja2>=3.1.6")
+        for call in (render, lambda: tokenizer.end_of_turn_id):
+            error_of(call, folder, f"jinja2 {version}", "install jinja2>=3.1.6")
     else:
-        assert render()
+        assert render() and tokenizer.end_of_turn_id == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd00\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4", "\ufdd5"])

@@ -199,9 +199,36 @@ def _check_base(adapter: Adapter, base: Path) -> list[str]:
             f"{base}: its weights are quantised, so no adapter can be merged into them; give the folder "
             "that it was quantised from, and --quantize"
         )
-    files, recorded = WeightFiles(base), adapter.config.get("base_model_name_or_path")
-    config = ModelConfig.from_hf(base)
+    recorded, config = adapter.config.get("base_model_name_or_path"), ModelConfig.from_hf(base)
     known = linear_layers(config.num_hidden_layers)
+    _check_shapes(adapter, base, known, [1, config.hidden_size])
+    theirs, ours = _texts_of(adapter.path), _texts_of(base)
+    others = [name for name in theirs if theirs[name] and theirs[name] != ours[name]]
+    if not ours["eos_token"]:  # not named: the base uses its tokenizer's default, such as </s>
+        others = [name for name in others if name != "eos_token"]
+    advice = "the base's is used; if the adapter was trained with its own, give a copy of the base that has it"
+    warnings = [f"{adapter.path}: its {name} differs from that of {base}: {advice}" for name in others]
+    made_for, other, fault = adapter.metadata.get("base_fingerprint"), Path(recorded or base), NOT_WHOLE
+    if made_for is None and (other / "config.json").is_file():
+        made_for = fingerprint(other)
+    if made_for != fingerprint(base) and (made_for is not None or other.name not in _names_of(base)):
+        if not (other.exists() and other.samefile(base)):
+            raise ValueError(
+                f"{adapter.path}: an adapter for another base, {recorded}, not for {base}; to go on knowingly, set "
+                f"base_model_name_or_path in {adapter.path / ADAPTER_CONFIG} to {base.resolve()}"
+            )
+        fault = f"{base}: has other content than the base of the adapter {adapter.path}"
+        warnings.append(fault)
+    missing = sorted(_selected(adapter.config, known) - adapter.factors.keys())
+    if missing:
+        where = f"{adapter.path}: {hf_name(missing[0])} has no adapter"
+        raise ValueError(f"{where}, and target_modules in {ADAPTER_CONFIG} selects it; {fault}")
+    return warnings
+
+
+def _check_shapes(adapter: Adapter, base: Path, known: Collection[str], score: list[int]) -> None:
+    """Raises ValueError for tensors that do not fit a base's. known: its linear layers; score: its head's shape."""
+    files = WeightFiles(base)
     for layer, (A, B) in adapter.factors.items():
         if layer.rpartition(".")[2] not in LINEARS:
             raise ValueError(f"{adapter.path}: {hf_name(layer)} has an adapter; supported are {', '.join(LINEARS)}")
@@ -219,32 +246,10 @@ def _check_base(adapter: Adapter, base: Path) -> list[str]:
                 f"{adapter.path}: an adapter for another base: {hf_name(layer)} is {list(of_adapter)}, of {base} "
                 f"{list(shape)}"
             )
-    missing = sorted(_selected(adapter.config, known) - adapter.factors.keys())
-    if missing:
-        where = f"{adapter.path}: {hf_name(missing[0])} has no adapter"
-        raise ValueError(f"{where}, and target_modules in {ADAPTER_CONFIG} selects it; {NOT_WHOLE}")
-    shape = [1, config.hidden_size]
-    if adapter.score is not None and list(adapter.score.shape) != shape:
+    if adapter.score is not None and list(adapter.score.shape) != score:
         raise ValueError(
-            f"{adapter.path}: {SCORE} is {list(adapter.score.shape)}, should be {shape}: a reward model has one score"
+            f"{adapter.path}: {SCORE} is {list(adapter.score.shape)}, should be {score}: a reward model has one score"
         )
-    theirs, ours = _texts_of(adapter.path), _texts_of(base)
-    others = [name for name in theirs if theirs[name] and theirs[name] != ours[name]]
-    if not ours["eos_token"]:  # not named: the base uses its tokenizer's default, such as </s>
-        others = [name for name in others if name != "eos_token"]
-    advice = "the base's is used; if the adapter was trained with its own, give a copy of the base that has it"
-    warnings = [f"{adapter.path}: its {name} differs from that of {base}: {advice}" for name in others]
-    made_for, other = adapter.metadata.get("base_fingerprint"), Path(recorded or base)
-    if made_for is None and (other / "config.json").is_file():
-        made_for = fingerprint(other)
-    if made_for == fingerprint(base) or (made_for is None and other.name in _names_of(base)):
-        return warnings
-    if other.exists() and other.samefile(base):
-        return [*warnings, f"{base}: has other content than the base of the adapter {adapter.path}"]
-    raise ValueError(
-        f"{adapter.path}: an adapter for another base, {recorded}, not for {base}; to go on knowingly, set "
-        f"base_model_name_or_path in {adapter.path / ADAPTER_CONFIG} to {base.resolve()}"
-    )
 
 
 def _selected(config: dict, layers: Iterable[str]) -> set[str]:

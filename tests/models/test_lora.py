@@ -118,6 +118,7 @@ def test_what_is_refused(tmp_path):
     base, good, _ = made_by_peft(tmp_path, {}, {"r": 4, "target_modules": ["q_proj"]})
     tiny.write_model(tmp_path / "other", hidden_size=32, num_attention_heads=2)
     tiny.write_model(tmp_path / "short", num_hidden_layers=1)
+    tiny.write_model(tmp_path / "long", num_hidden_layers=3)
     tiny.write_model(tmp_path / "elsewhere" / "base", seed=1)
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn").mkdir()
@@ -156,7 +157,8 @@ def test_what_is_refused(tmp_path):
         refused(lambda folder=folder: open_adapter(folder, base), folder, complaint)
     for other, complaint in (("other", "q_proj is [64, 64]"), ("short", "has no layer model.layers.1")):
         refused(lambda other=other: open_adapter(good, tmp_path / other), good, complaint)
-    refused(lambda: open_adapter(good, tmp_path / "elsewhere/base"), good, "an adapter for another base")
+    for other in ("long", "elsewhere/base"):
+        refused(lambda other=other: open_adapter(good, tmp_path / other), good, "an adapter for another base, ")
     open_adapter(broken(good, tmp_path / "moved", config={"base_model_name_or_path": "hub/base"}), base)
     two_scores = {"base_model.model.score.weight": torch.ones(2, 64)}  # PEFT's, where num_labels is left out
     folder = broken(good, tmp_path / "labels", tensors=lambda found: found | two_scores)

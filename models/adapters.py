@@ -24,6 +24,7 @@ from torch import Tensor
 
 from models.chat_template import read_chat_template
 from models.checkpoint import MERGED, WeightFiles, folder_config, hf_name, our_name
+from models.checksums import DIGESTS, check_tensors, digests_of
 from models.common import Bounds, Runtime, at_least_one, flag, flags_of, is_main_rank, on_main, positive, say
 from models.compressed import LINEARS, linear_layers
 from models.files import naming_file, read_json_object, write_json, write_whole
@@ -116,6 +117,7 @@ def open_adapter(path: Path, base: Path) -> Adapter:
     file and what is missing, unsupported or made for another base."""
     config = _read_config(path)
     tensors, metadata = _read_tensors(path)
+    check_tensors(path / ADAPTER_WEIGHTS, tensors, metadata.get(DIGESTS))
     factors: dict[str, dict[str, Tensor]] = {}
     score = None
     for name, tensor in tensors.items():
@@ -470,7 +472,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_c
     metadata = {"format": "pt", "base_fingerprint": lora.base_fingerprint, "config_changes": json.dumps(config_changes)}
     with naming_file(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / ADAPTER_WEIGHTS, save(tensors, metadata))
+    write_whole(folder / ADAPTER_WEIGHTS, save(tensors, metadata | {DIGESTS: digests_of(tensors)}))
     write_json(folder / ADAPTER_CONFIG, adapter_config(lora, scalar_head=f"{PREFIX}{SCORE}" in tensors))
 
 

@@ -27,6 +27,7 @@ from models.files import read_json_object
 CHECKSUMS = "checksums.json"
 # key of config.json: the weight file or index, which takes precedence over the usual names (transformers 5)
 WEIGHTS_KEY = "transformers_weights"
+DIGESTS = "digests"  # key of an adapter file's metadata: PEFT drops it when it saves the file again
 THREADS = 4  # hashlib releases the GIL
 READ_BYTES = 1 << 20  # read at a time
 MAX_HEADER_BYTES, METADATA = 100_000_000, "__metadata__"  # safetensors' values
@@ -50,6 +51,11 @@ def digest(path: Path, start: int = 0, size: float = math.inf, bar: tqdm | None 
 def tensor_digest(tensor: Tensor) -> str:
     """Returns the SHA-256, in hex, of a contiguous CPU tensor as safetensors stores it."""
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def digests_of(tensors: dict[str, Tensor]) -> str:
+    """Returns the digests of an adapter's tensors, as fp32, as JSON for the metadata of its file."""
+    return json.dumps({name: tensor_digest(tensor.float()) for name, tensor in tensors.items()})
 
 
 def bytes_bar(total: int, desc: str = "checking", *, shown: bool | None = None) -> tqdm:
@@ -124,6 +130,21 @@ def check_files(folder: Path) -> None:
             raise ValueError(f"{path}: is missing, but {CHECKSUMS} lists it; {_way_on()}")
         if digest(path, size=header_bytes(path)) != wanted["header"]:
             raise ValueError(f"{path}: its header is damaged: it is not the one that was exported; {_way_on()}")
+
+
+def check_tensors(path: Path, tensors: dict[str, Tensor], digests: str | None) -> None:
+    """Raises ValueError that names a tensor of an adapter's file that differs from what was written. digests: of
+    digests_of(), or None for a file without them."""
+    if digests is None:
+        return
+    try:
+        wanted = dict(json.loads(digests))
+    except (TypeError, ValueError):
+        raise ValueError(f"{path}: {NO_HEADER}") from None
+    for name in sorted(wanted.keys() | tensors.keys()):
+        if name not in wanted or name not in tensors or tensor_digest(tensors[name].float()) != wanted[name]:
+            why = "its values differ from the export; copy the file again from its source"
+            raise ValueError(f"{path}: the tensor {name} is damaged: {why}")
 
 
 def _way_on(name: str | None = None) -> str:

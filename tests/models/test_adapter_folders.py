@@ -13,6 +13,7 @@ from models.adapters import choose_lora, open_adapter, weight_files
 from models.checkpoint import load_model, model_folder
 from models.fingerprint import fingerprint
 from tests import tiny
+from tests.damage import flip
 from tests.models.test_lora import CPU, IDS, Args, broken, made_by_peft
 from tests.tiny import refused
 
@@ -190,7 +191,8 @@ def test_what_lies_beside_an_adapter(tmp_path, capsys):
 
 def test_the_folder_of_a_run(tmp_path):
     """Catches an adapter beside merged weights, to which transformers with PEFT would add it again; a merged model that
-    --checkpoint_path does not find; and an adapter's fingerprint that depends on other files in its folder."""
+    --checkpoint_path does not find; a fingerprint of an adapter that depends on other files in its folder; a damaged
+    tensor that is merged, or not named; and one that PEFT has changed and saved taken for a damaged one."""
     base, folder, oracle = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": "all-linear"})
     train_file = tiny.write_records(tmp_path / "train.jsonl", [{"prompt": "a", "completion": " b"}])
     out = tmp_path / "out"
@@ -207,3 +209,16 @@ def test_the_folder_of_a_run(tmp_path):
         for place in (out, out / "merged"):
             model = transformers.AutoModelForCausalLM.from_pretrained(place)
             torch.testing.assert_close(model(IDS).logits, oracle(IDS).logits, atol=1e-5, rtol=1e-5)
+    again = tmp_path / "again"
+    changed = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), out)
+    torch.nn.init.ones_(changed.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight)
+    changed.save_pretrained(again)
+    open_adapter(again, base)
+    whole, before = (out / NAME).read_bytes(), {name: t.clone() for name, t in load_file(out / NAME).items()}
+    for share in (0.6, 1.0):
+        flip(out / NAME, share)
+        [hit] = [name for name, t in load_file(out / NAME).items() if not torch.equal(t, before[name])]
+        refused(lambda: open_adapter(out, base), out / NAME, f"the tensor {hit} is damaged")
+        (out / NAME).write_bytes(whole)
+    (out / NAME).write_bytes(whole.replace(b'"F32"', b'"I32"', 1))  # the same bytes, read as other numbers
+    refused(lambda: open_adapter(out, base), out / NAME, "is damaged")

@@ -54,6 +54,9 @@ class SftArgs(RunArgs, DataArgs, OptimArgs, ParallelArgs, SampleArgs):
 def main(args: SftArgs) -> None:
     check_evaluation(args)
     check_optimizer(args)
+    if args.pack and not args.shuffle:
+        why = "--pack puts records of the whole file into each row, so their order is lost"
+        raise ValueError(f"--no-shuffle: {why}; leave one of them out")
     dp_size, micro_batch_size = split_batch(args, args.batch_size)
     run = Run(args)
 

@@ -458,6 +458,7 @@ BAD_FLAGS = {
     "device name": ({"device": "abacus"}, ["--device abacus: not a device name"]),
     "dtype": ({"dtype": "float8"}, ["--dtype", "float8"]),
     "schedule": ({"lr_schedule": "magic"}, ["--lr_schedule", "magic"]),
+    "lost order": ({"pack": True, "shuffle": False}, ["--no-shuffle: --pack puts", "leave one of them out"]),
     "unknown": ({"gradient_magic": 1}, ["--gradient_magic"]),
     "abbreviated": ({"learning": 1}, ["--learning"]),
 }

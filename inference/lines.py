@@ -195,11 +195,15 @@ def in_turn(path: Path, seconds: float = 60) -> Iterator[None]:
     killed in its turn, maybe amid a line, leaves the file behind: the others get OSError after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
+        begun = time.monotonic()
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             break
         except FileExistsError:
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now - begun > 1:  # the disk has stalled, maybe for the other rank, too
+                deadline = now + seconds
+            if now > deadline:
                 raise OSError(f"{path}: another rank has had its turn for {seconds:.0f} s; is it dead?") from None
             time.sleep(0.001)
     try:

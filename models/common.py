@@ -39,7 +39,7 @@ from models.cpu_linear import has_bf16_products
 from models.gpu import compiles_for_cpu, has_triton
 from models.limits import num_cores
 from models.malloc import keep_freed_memory
-from models.sharing import leave_together
+from models.sharing import leave_together, wait_for_all_ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -396,11 +396,11 @@ def choose_runtime(args: RuntimeArgs) -> Runtime:
         if device.index >= count:
             raise ValueError(f"--device {args.device or device}: there is no such GPU here ({count} found)")
         torch.cuda.set_device(device)
+    keep_compiled_code()  # before Triton is tried, which writes there
     if on_gpu and args.compile and not has_triton(device):
         raise ValueError("--compile: Triton, which compiles for GPUs, does not work here; leave the flag out")
     if not on_gpu and args.compile and not compiles_for_cpu():
         raise ValueError("--compile: g++ (or what CXX names), which compiles for CPUs, is missing; leave the flag out")
-    keep_compiled_code()
     if not on_gpu:
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:  # torch counts all the host's cores, also those a container may not use
@@ -480,6 +480,7 @@ def on_main(function: Callable[[], object]) -> object:
         except (ValueError, OSError) as raised:
             error = raised
     if dist.is_initialized() and dist.get_world_size() > 1:
+        wait_for_all_ranks()  # hashing or writing hundreds of gigabytes may take longer than a collective's timeout
         outcome = [result, error]
         dist.broadcast_object_list(outcome, src=0)
         result, error = outcome

@@ -39,7 +39,7 @@ from models.model import Block, Transformer
 from models.qlinear import Schemes
 from models.quantize import load_quantized, quantized_part
 from models.shared_base import OnSharedBase
-from models.sharing import agreed_name
+from models.sharing import agreed_name, begin_waiting
 from models.tp import Parallel, TensorParallelArgs, local, own_chunk, shard_dim, tensor_parallel_part, whole
 
 # DTensor warns at every norm and export that two mesh dimensions take two collectives, as intended.
@@ -160,6 +160,7 @@ def start_ranks(device: torch.device) -> None:
         store.set_timeout(TIMEOUT)
         store = dist.PrefixStore(agreed_name(store, rank, size, TIMEOUT), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        begin_waiting()
     elif world != "1":
         raise ValueError(
             f"the environment has WORLD_SIZE {world} but no RANK; torchrun sets both; for one rank unset WORLD_SIZE"

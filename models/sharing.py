@@ -6,7 +6,9 @@ more than it can begin.
 - chunks are whole prompts at first, whose samples share a prefill, and single samples at the end: guided
   self-scheduling (Polychronopoulos & Kuck 1987, IEEE Trans. Comput. C-36)
 - of the ranks that share a model, the first takes chunks, and the others read which ones it took
-- ranks that have finished wait by polling the store: a collective would end the run after its timeout
+- ranks that have finished wait in a barrier without a timeout, since an ordinary collective would end the run after
+  half an hour. It fails when the process of another rank ends, which a value in the store would not tell: torchrun ends
+  the other ranks of a node, but not those of other nodes
 """
 
 import secrets
@@ -57,10 +59,20 @@ class SharedWork:
     """A list of sum(counts) items that all replicas take from. Iterating takes chunks for this replica, as ranges of
     item indices; the ranks of a replica get the same ranges.
 
-    All ranks must create, iterate over and close lists of a name in the same order. counts, most: see chunks_of.
+    All ranks must create, iterate over and close lists of a name in the same order. counts, most: see chunks_of. wait:
+    returns when all ranks have called it.
     """
 
-    def __init__(self, name: str, counts: Sequence[int], place: Place, store: dist.Store, most: int = MOST_OF_A_CHUNK):
+    def __init__(
+        self,
+        name: str,
+        counts: Sequence[int],
+        place: Place,
+        store: dist.Store,
+        wait: Callable[[], None],
+        most: int = MOST_OF_A_CHUNK,
+    ):
+        self.wait_for_ranks = wait
         self.place, self.total, self.num_done = place, int(sum(counts)), 0
         self._chunks, self._num_taken = enumerate(chunks_of(counts, place.num_replicas, most)), 0
         self._keys: set[str] = set()  # that this rank has written
@@ -119,11 +131,10 @@ class SharedWork:
         """Waits until all ranks have finished."""
         if self._store is None:
             return
-        world = self.place.num_replicas * self.place.tp_size
-        wait_for_ranks(self._store, world)
+        self.wait_for_ranks()
         if not self.place.tp_rank:
             self.num_done = self._add("done", 0)
-        wait_for_ranks(self._store, world)
+        self.wait_for_ranks()
         for key in self._keys:
             self._store.delete_key(key)  # a counter is deleted by the first rank that comes here
 
@@ -132,7 +143,8 @@ def shared_work(name: str, counts: Sequence[int], dp: DeviceMesh, most: int = MO
     """SharedWork of this run's replicas."""
     tp_size = dist.get_world_size() // dp.size()
     replica, tp_rank = divmod(dist.get_rank(), tp_size)  # tensor-parallel ranks are adjacent
-    return SharedWork(name, counts, Place(dp.size(), replica, tp_size, tp_rank), _get_default_store(), most)
+    place = Place(dp.size(), replica, tp_size, tp_rank)
+    return SharedWork(name, counts, place, _get_default_store(), wait_for_all_ranks, most)
 
 
 # ----------------------------------------------------------------------------------------- waiting
@@ -171,27 +183,32 @@ def agreed_name(store: dist.Store, rank: int, world: int, timeout: timedelta) ->
     return own
 
 
-def wait_for_ranks(store: dist.Store, world: int) -> None:
-    """Returns when all ranks are here, however long that takes; if one dies, the launcher ends the others."""
-    wanted = -(-store.add("ranks/arrived", 1) // world) * world  # no rank comes again before all have been here
-    _wait_until(lambda: store.add("ranks/arrived", 0) >= wanted)
+_patient: list[dist.ProcessGroup] = []  # all ranks, with barriers that have no timeout
+
+
+def begin_waiting() -> None:
+    """Makes the group in which wait_for_all_ranks() waits. A collective, for when torch.distributed has started."""
+    _patient[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=365))]
 
 
 def wait_for_all_ranks() -> None:
-    """wait_for_ranks() for this run: before a collective that follows uneven work."""
+    """Returns when all ranks are here, however long that takes: before a collective that follows uneven work. Raises
+    RuntimeError if one of them ends."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        wait_for_ranks(_get_default_store(), dist.get_world_size())
+        work = dist.barrier(group=_patient[0], async_op=True)
+        _wait_until(work.is_completed)  # unlike work.wait(), lets signals be handled
+        work.wait()
 
 
 def leave_together() -> None:
     """wait_for_all_ranks() for ranks that exit after it."""
     if dist.is_initialized() and dist.get_world_size() > 1:
+        wait_for_all_ranks()
         leave(_get_default_store(), dist.get_rank(), dist.get_world_size())
 
 
 def leave(store: dist.Store, rank: int, world: int) -> None:
-    """wait_for_ranks(), from which rank 0 returns last, since its process may hold the store that the others ask."""
-    wait_for_ranks(store, world)
+    """Returns on rank 0 when all others have come here, since its process may hold the store that they ask."""
     store.add("ranks/left", 1)
     if rank == 0:
         _wait_until(lambda: store.add("ranks/left", 0) >= world)

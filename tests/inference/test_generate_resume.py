@@ -107,6 +107,14 @@ def test_ranks_take_turns(tmp_path):
         lines.in_turn(writer.turn, 0.1),
     ):
         pass
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    with (
+        mock.patch.object(lines.time, "monotonic", side_effect=[0, 0, 90, 90.1]),  # the disk stalls for 90 s
+        mock.patch.object(os, "open", side_effect=[FileExistsError, nothing]),
+        lines.in_turn(writer.turn),
+    ):
+        pass
+    writer.turn.touch()
     with LineWriter(out, {}, active=True, num_lines=200):
         assert not writer.turn.exists()
 

@@ -23,7 +23,7 @@ from training.optim import OptimArgs, make_optimizer
 def test_triton_that_does_not_work(capsys, monkeypatch):
     """Catches Triton taken for working because it is installed (here there is no GPU; elsewhere no compiler), no
     message about it, a second try, and torch.compile, which needs Triton, as the default or as asked for nevertheless;
-    and a GPU chosen without its index, or not made the current one."""
+    Triton tried before it has a folder to write to; and a GPU chosen without its index, or not made the current one."""
     has_triton.cache_clear()
     current = []
     assert not has_triton(torch.device("cpu")) and not has_triton(torch.device("cuda", 0))
@@ -35,9 +35,12 @@ def test_triton_that_does_not_work(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TRITON_CACHE_DIR")
     for works in (True, False):
-        monkeypatch.setattr(common, "has_triton", lambda device, works=works: works)
-        assert choose_runtime(RuntimeArgs(device="cuda")).compile == works
+        has_cache = lambda device, works=works: works and "TRITON_CACHE_DIR" in os.environ  # noqa: E731
+        monkeypatch.setattr(common, "has_triton", has_cache)
+        assert choose_runtime(RuntimeArgs(device="cuda", compile=True if works else None)).compile == works
         assert not choose_runtime(RuntimeArgs(device="cuda:1", compile=False)).compile
     with pytest.raises(ValueError, match="--compile: Triton"):
         choose_runtime(RuntimeArgs(device="cuda", compile=True))

@@ -3,6 +3,7 @@
 import heapq
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from models import fsdp
+from models.common import _reason, on_main
 from models.fsdp import start_ranks
 from models.sharing import (
     MOST_OF_A_CHUNK,
@@ -21,7 +24,6 @@ from models.sharing import (
     chunks_of,
     leave,
     wait_for_all_ranks,
-    wait_for_ranks,
 )
 from tests.forked import Forked
 
@@ -104,9 +106,10 @@ def run_ranks(store: dist.Store, name: str, counts: list[int], layout: tuple[int
     """Returns body(work, rank) of each rank, run in a thread of its own. layout: (replicas, tp ranks)."""
     replicas, tp_size = layout
     results = [None] * (replicas * tp_size)
+    wait = threading.Barrier(len(results), timeout=60).wait
 
     def rank(number: int) -> None:
-        work = SharedWork(name, counts, Place(replicas, number // tp_size, tp_size, number % tp_size), store)
+        work = SharedWork(name, counts, Place(replicas, number // tp_size, tp_size, number % tp_size), store, wait)
         results[number] = body(work, number)
         work.close()
 
@@ -137,7 +140,7 @@ def test_ranks_take_everything_once():
             assert sorted(thing for taken in of_replicas for thing in taken) == list(range(48))
             if layout == (2, 2):
                 assert len(of_replicas[0]) < len(of_replicas[1])
-        assert store.num_keys() <= 2, store  # lists opened, ranks arrived
+        assert store.num_keys() <= 1, store  # lists opened
         store = dist.HashStore()
 
     def end_at_once(work: SharedWork, number: int) -> int:
@@ -155,18 +158,15 @@ def test_ranks_take_everything_once():
 
 
 def test_waiting():
-    """Catches a rank that does not wait for the slowest, or waits for ever the second time."""
-    store, late, seen = dist.HashStore(), [], []
-
-    def rank(number: int) -> None:
-        for turn in range(3):
-            time.sleep(0.02 * (number == turn))
-            late.append(turn)
-            wait_for_ranks(store, 3)
-            seen.append(late.count(turn))
-
-    in_threads(rank, 3)
-    assert seen == [3] * 9
+    """Catches a rank that does not wait for a late one, or not beyond the timeout of a collective, or also when the
+    other has ended: torchrun ends the ranks of the same node only."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "LOCAL_RANK": 0}
+    world |= {"TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_USE_AGENT_STORE": True}
+    ranks = [Forked("tests/models/test_sharing.py", "dies", **world, RANK=rank) for rank in range(2)]
+    (out, errors), _ = [rank.communicate(60) for rank in ranks]
+    assert out == "waited\nmain\nanother rank has ended or cannot be reached\n", errors
+    assert [rank.returncode for rank in ranks] == [0, 9]
 
 
 def test_the_store_leaves_last():
@@ -211,6 +211,26 @@ def test_a_rank_that_does_not_come():
         agreed_name(dist.HashStore(), 0, 2, timedelta(seconds=0.1))
 
 
+def outlive() -> None:
+    """Runs a rank that waits for the other, which is late, late again, and then dies."""
+    fsdp.TIMEOUT = timedelta(seconds=2)
+    start_ranks(torch.device("cpu"))
+    rank = dist.get_rank()
+    time.sleep(2.5 * rank)
+    begun = time.monotonic()
+    wait_for_all_ranks()
+    print("waited" if time.monotonic() - begun > 2 else "went on", flush=True)
+    print(on_main(lambda: time.sleep(2.5) or "main"), flush=True)
+    if rank == 1:
+        time.sleep(0.5)
+        os._exit(9)
+    try:
+        wait_for_all_ranks()
+    except RuntimeError as error:
+        print(_reason(error).partition(";")[0], flush=True)
+    os._exit(0)
+
+
 def meet() -> None:
     """Runs a rank that meets the other, and then, in the first attempt, dies."""
     start_ranks(torch.device("cpu"))
@@ -219,10 +239,9 @@ def meet() -> None:
     dist.all_reduce(met)
     print("met", int(met), flush=True)
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        dist.distributed_c10d._get_default_store().add("ranks/arrived", 1)
         os._exit(9)
     os._exit(0)
 
 
 if __name__ == "__main__":
-    meet()
+    outlive() if sys.argv[1:] else meet()

@@ -217,10 +217,6 @@ NAME = re.compile(  # name of the quantity asked for: x, x_1, f(2), f^{-1}(x), |
 PROSE = re.compile(
     r"(?<![\\A-Za-z])(?!sqrt|log|sin|cos|tan|exp)[A-Za-z]{4,}|(?<![\\A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}"
 )
-PARTS = ("half", "halves", "third", "thirds", "fourth", "fourths", "fifths", "tenths", "squared", "cubed", "factorial")
-NOT_THE_NUMBER = re.compile(  # a formula; 3 fourths; 3 and a half; at least 3
-    rf"[<>=\\^_:]|\d[\s-]+(?:and an? )?(?:{'|'.join(PARTS)})\b|\b(?:than|at least|at most|not)\b\W*\d", re.I
-)
 MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 ALIKE = (  # one unit per line: those of at most two letters, and others that must not equal them
     "mm millimeter millimeters",
@@ -251,6 +247,14 @@ ALIKE = (  # one unit per line: those of at most two letters, and others that mu
     "dollar dollars USD",
 )
 UNITS = {word: group for group in ALIKE for word in group.split()}
+PARTS = ("half", "halves", "third", "thirds", "fourth", "fourths", "fifths", "tenths", "factorial")
+# 5 squared, or 5 squared in all; 25 squared cm are an area
+POWER = rf"(?:squared|cubed)\b(?!\s+(?:(?:units?|{'|'.join(sorted(UNITS.keys() - {'in'}))})\b|in\W*$))"
+NOT_THE_NUMBER = re.compile(  # a formula; 3 fourths; 3 and a half; at least 3
+    rf"[<>=\\^_:]|\d[\s-]+(?:and an? )?(?:(?:{'|'.join(PARTS)})\b|{POWER})"
+    r"|\b(?:than|at least|at most|not)\b\W*\d",
+    re.I,
+)
 UNIT_OF_LETTERS = re.compile(  # 10\text{ N} or 18^{\text{th}}; but not an i, e or d, nor "or"
     r"(?<=[\d}])(?:\s|~|\\[,;: ])*(?:\\(?:text|mathrm|mbox)\s*\{\s*"
     r"(?:[NJWVACFKT]|Pa|Hz|k[NJWVg]|m[AV]|M[WJ]|eV|[ap]m|st|nd|rd|th|Rs)\s*\}"
@@ -420,7 +424,8 @@ def _read_scalar(text: str) -> Scalar:
         is_unit = all(known or (i and len(word) < 3) for i, (word, known) in enumerate(zip(words, known)))
         alone = len(words) == 1 or ("/" in quantity[3] and all(word in UNITS for word in words))  # m or m/s, not m x
         is_variable = len(words[0]) == 1 and (not alone or EXPRESSION.search(quantity[1]))
-        if is_unit and not is_variable and not set(words) & {*WORDS, *PARTS, "or", "and"}:
+        is_part = not set(words).isdisjoint(PARTS) or re.match(POWER, quantity[3])
+        if is_unit and not is_variable and not is_part and not set(words) & {*WORDS, "or", "and"}:
             power = MULTIPLES.get(words[0].lower(), 0)
             values = tuple(value * 10**power for value in _read_scalar(quantity[1]).values)
             return Scalar(values, unit=words[0] if words[0] in UNITS and len(words) == 1 else "")

@@ -70,6 +70,10 @@ RIGHT = [
     ("5 pt", "5 pints"),
     ("5 qt", "5"),
     ("12 a day", "12"),
+    ("25 squared cm", "25"),
+    ("25 squared units", "25"),
+    ("8", "8 cubed in."),
+    ("25 cm squared", "25"),
     (r"\$12 an hour", "12"),
     (r"\dbinom{10}{3}", "120"),
     (r"\tbinom{10}{3}", r"\binom{10}{3}"),
@@ -121,6 +125,9 @@ WRONG = [
     (r"3\mathrm{e}", "3"),
     ("5 pt", "5 qt"),
     ("5 squared", "5"),
+    ("5 squared in all", "5"),
+    ("5 cubed", "5"),
+    ("It is 5 squared.", "5"),
     ("3 fourths", "3"),
     ("2 thirds", "2"),
     ("1 half", "1"),
@@ -134,6 +141,7 @@ WRONG = [
     ("2x = 2x", "x = 3y"),
 ]
 STATED = [  # (whole text, gold, whether its answer is right)
+    (r"\boxed{The area is 25 squared units.}", "25", 1),
     ("So she makes $18. I hope the answer is correct.", "18", 1),
     ("She makes 9 * 2 = $18 every day. I hope this answer is helpful!", "18", 1),
     ("9*2 = 18\n\nThis answer is in dollars.", "18", 1),

@@ -149,7 +149,7 @@ def test_a_file_is_its_records(kind, workers, big, files, tmp_path):
 
 def test_the_cache_is_used_and_knows_what_it_depends_on(big, files, chat_folder, tmp_path, monkeypatch):
     """Catches a cache that is never read, and one that is used for other data, another template, tokenizer, limit, day,
-    kind of rows, or another version of the code."""
+    kind of rows, end of a step, or another version of the code."""
     path = files["sft"][2]
     store, calls = Store(tmp_path / "cache", 1), []
     original = rows._encode_chunk
@@ -179,6 +179,14 @@ def test_the_cache_is_used_and_knows_what_it_depends_on(big, files, chat_folder,
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[1:], lines[0]]))
     assert made()
+    record = {"prompt": "2+2?", "completion": "4", "label": 1, "completions": ["4"], "labels": [1]}
+    path = tiny.write_records(tmp_path / "scored", [record])
+    assert made() and not made()
+    for kind in ({"kind": "pointwise"}, {"kind": "process"}, {"kind": "process", "step_separator": ";"}):
+        calls.clear()
+        for _ in range(2):
+            encode_scored_file(path, Tokenizer(chat_folder), LIMITS, store, **kind)
+        assert len(calls) == 1, kind
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "zero", "delete", "swap", "note"])

@@ -79,16 +79,23 @@ def train(world, name, out, *more):
 def test_observers_do_not_write(name, world, tmp_path, monkeypatch):
     """Catches a save that steps an optimizer which has not stepped yet (as torch's get_state_dict does), an evaluation
     that uses up the run's random numbers, an export that changes weights, a resume that differs after any of them, and
-    a --data_cache that does not reach the tokens, or is not off."""
+    a --data_cache that does not reach the tokens, or is not off, and --data_workers that do not."""
+    workers, in_processes = [], rows.map_in_processes
+    once = lambda encode, chunks, n, **more: (workers.append(n), in_processes(encode, chunks, 1, **more))[1]  # noqa: E731
+    monkeypatch.setattr(rows, "map_in_processes", once)
     monkeypatch.setattr(rows, "BIG_FILE", 1)
     monkeypatch.setattr(data, "cache_folder", lambda: tmp_path / "home")
     monkeypatch.chdir(tmp_path)
-    off, given = ([], []) if draws(name) else (["--data_cache", "off"], ["--data_cache", tmp_path / "given"])
+    off, given = [], []
+    if not draws(name):
+        off = ["--data_cache", "off", "--data_workers", 5]
+        given = ["--data_cache", tmp_path / "given", "--data_workers", 7]
     cached = lambda: {each: any((tmp_path / each).glob("*")) for each in ("off", "given", "home")}  # noqa: E731
     train(world, name, tmp_path / "quiet", *QUIET, *off)
     assert cached() == {"off": False, "given": False, "home": False}
     train(world, name, tmp_path / "watched", *WATCHED, *given)
     assert cached() == {"off": False, "given": bool(given), "home": False}
+    assert set(workers) == (set() if draws(name) else {5, 7})
     (tmp_path / "resumed/checkpoints").mkdir(parents=True)
     shutil.copyfile(tmp_path / "watched/args.json", tmp_path / "resumed/args.json")
     first = "checkpoints/step-000001"

@@ -20,6 +20,7 @@ from training.train_grpo import GrpoArgs
 
 LONGEST, ANSWERS = 200, 12
 ON_GPU = Runtime(torch.device("cuda"), torch.float32, False)  # the policy stays on the CPU: no GPU is needed
+ON_CPU = ON_GPU._replace(device=torch.device("cpu"))
 
 
 def engine_of(folder, pages, monkeypatch, **flags):
@@ -53,6 +54,17 @@ def test_slots_are_what_memory_holds(folder, monkeypatch):
     assert engine_of(folder, 5 * need, monkeypatch, sleep=2, rollout_slots=8) == (8, 5 * need)  # some are preempted
     with pytest.raises(ValueError, match="does not fit"):
         engine_of(folder, need - 1, monkeypatch, sleep=1)
+
+
+def test_slots_on_a_cpu(folder):
+    """Catches more or fewer slots than the 128 of --rollout_slots' help, or than a rank's answers, and a number that is
+    not taken."""
+    paths = {"checkpoint_path": folder, "prompt_file": Path("p"), "output_dir": Path("o")}
+    for num_answers, slots, wanted in ((512, None, 128), (24, None, 12), (512, 200, 200)):
+        args = GrpoArgs(**paths, rollout_batch_size=num_answers, rollout_slots=slots)
+        options = {"max_seq_len": 64, "dp_size": 2, "runtime": ON_CPU}
+        engine = rollouts.make_engine(load_model(folder), open_folder(folder), args, **options)
+        assert engine.num_slots == wanted and engine.pool.num_pages == wanted * pages_for(64)
 
 
 def test_memory_of_training():

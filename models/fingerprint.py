@@ -52,14 +52,14 @@ def small_fingerprint(folder: Path) -> str | None:
     return None
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, *, of_adapter: bool = False) -> str:
     """Returns a SHA-256 of a folder's content: of a model's files as described above, of an adapter's config and
-    weights, or of all files in any other folder; large ones are sampled. Raises OSError or ValueError if they cannot be
-    read."""
-    if (folder / "config.json").is_file():
-        paths = small_files(folder) + WeightFiles(folder).paths()
-    elif (folder / ADAPTER_CONFIG).is_file():
+    weights, or of all files in any other folder; large ones are sampled. of_adapter: of its adapter, also if it has a
+    model's files, too, as some trainers leave it. Raises OSError or ValueError if they cannot be read."""
+    if of_adapter or ((folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()):
         paths = adapter_files(folder)
+    elif (folder / "config.json").is_file():
+        paths = small_files(folder) + WeightFiles(folder).paths()
     else:
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     with ThreadPoolExecutor(8) as pool:  # a network disk serves several reads at once

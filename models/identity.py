@@ -118,22 +118,24 @@ def _contents(args) -> dict[str, object]:
         if each.metadata["written"]:  # maybe 50 GB, and the caller's own
             continue
         value = getattr(args, each.name)
-        other = not each.name.endswith(NO_OTHER_FOLDER)
-        contents = [_content(place, other) for place in (value if isinstance(value, list) else [value])]
+        contents = [_content(place, each.name) for place in (value if isinstance(value, list) else [value])]
         if contents and None not in contents:
             found[each.name] = contents if isinstance(value, list) else contents[0]
     return found
 
 
-def _content(place: object, other: bool) -> str | None:
-    """Returns the digest of a file, folder or function; None otherwise, or if reading fails (reported later). other:
-    whether also of a folder that holds neither a model nor an adapter."""
+def _content(place: object, name: str) -> str | None:
+    """Returns the digest of a flag's file, folder or function; None otherwise, or if reading fails (reported later).
+    name: the flag's, which tells whether a folder is an adapter, and may be one of other files."""
     try:
         if isinstance(place, FunctionPlace):
             return f"{digest(place.path)}:{place.name}" if place.path.is_file() else None  # a pipe would never end
         if isinstance(place, Path) and place.is_dir():
-            held = any((place / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
-            return fingerprint(place) if held or other else None
+            of_adapter = name.endswith("adapter_path")
+            configs = (ADAPTER_CONFIG,) if of_adapter else ("config.json", ADAPTER_CONFIG)
+            if not any((place / config).is_file() for config in configs) and name.endswith(NO_OTHER_FOLDER):
+                return None
+            return fingerprint(place, of_adapter=of_adapter)
         return digest(place) if isinstance(place, Path) and place.is_file() else None
     except (OSError, ValueError):
         return None

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from inference.generate import GenerateArgs
 from models import checksums
 from models import fingerprint as module
 from models.fingerprint import digest, fingerprint
+from models.identity import CONTENTS, begun_with
 from tests import tiny
 
 
@@ -89,3 +91,18 @@ def test_shards_and_other_folders(base, tmp_path, monkeypatch):
         (folder / "config.json").unlink()  # now a folder of files
         found.add(fingerprint(folder))
     assert len(found) == 3 * (1 + len(sorted(weights)[::7]))
+
+
+@pytest.mark.parametrize("beside", [{}, {"config.json": "{}"}, {"config.json": "{}", "model.safetensors": ""}], ids=len)
+def test_adapters_that_differ(tmp_path, beside):
+    """Catches another adapter at --adapter_path that --resume does not notice since its folder has a model's config
+    too, as some trainers leave it, and one refused for what lies beside it."""
+    files = {"adapter_config.json": "{}", "adapter_model.safetensors": "one", **beside}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    args = GenerateArgs(checkpoint_path=tmp_path / "none", adapter_path=tmp_path)
+    found = [begun_with(args)[CONTENTS]["adapter_path"]]
+    for name, text in {"README.md": "two", "config.json": "[]", "adapter_model.safetensors": "two"}.items():
+        (tmp_path / name).write_text(text)
+        found.append(begun_with(args)[CONTENTS]["adapter_path"])
+    assert found[0] == found[1] == found[2] != found[3]

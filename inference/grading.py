@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from inference.choosing import group_of
-from inference.lines import LineWriter, begin, begun_on, lines_of
+from inference.lines import LineWriter, begin, day_of, day_told, lines_of
 from models.chats import content_of, read_chat
 from models.checkpoint import has_score_head
 from models.common import card, progress_bar, say
@@ -34,7 +34,7 @@ from models.records import (
     stated_prompt,
 )
 from models.reward import pass_at_k
-from models.tokenizer import Tokenizer, chat_day
+from models.tokenizer import Tokenizer
 from models.workers import Pool, grade_of
 
 AHEAD = 4096  # most answers that are submitted to the workers and not yet written
@@ -48,7 +48,7 @@ def grade_file(args) -> None:
         if has_score_head(args.checkpoint_path):
             why = "beside a --grader it is the model that answered; a reward model scores in a run of its own"
             raise ValueError(f"--checkpoint_path {args.checkpoint_path}: {why}")
-        today = chat_day(args.chat_date, begun_on(args.output_file) if args.resume else None)
+        today = day_of(args)
         args = replace(args, chat_date=today.isoformat())
         tokenizer = Tokenizer(args.checkpoint_path, today)
     begun = begin(args.output_file, args)
@@ -61,6 +61,7 @@ def grade_file(args) -> None:
     num_done = len(lines)
     pool = Pool([grader], args) if grader.per_answer and num_done < len(records) else None
     rows = {"grader": args.grader, "work": f"{len(records) - num_done:,} answers to grade; {num_done:,} done before"}
+    rows |= day_told(tokenizer.today, tokenizer.chat_template) if tokenizer is not None else {}
     say(card("score", rows))
     with (
         LineWriter(args.output_file, begun, active=True, num_lines=num_done) as writer,

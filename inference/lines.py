@@ -12,17 +12,20 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from datetime import date
 from itertools import islice
 from pathlib import Path
 
 import torch.distributed as dist
 
+from models.chat_template import ChatTemplate
 from models.common import is_main_rank, on_main
 from models.files import naming_file, read_json_object, write_json, write_whole
 from models.identity import begun_with, changed_flags
 from models.record_files import Record
 from models.shared import check_free, check_writable, hold
 from models.sharing import wait_for_all_ranks
+from models.tokenizer import chat_day
 
 
 def sidecar(output_file: Path) -> Path:
@@ -33,6 +36,19 @@ def sidecar(output_file: Path) -> Path:
 def begun_on(output_file: Path) -> str | None:
     """Returns the date given to chat templates when an output file was begun, or None if it is not known."""
     return read_json_object(sidecar(output_file), missing_ok=True).get("chat_date")
+
+
+def day_of(args) -> date:
+    """Returns the date that chat templates are told by score.py: --chat_date, else the day that the resumed run began,
+    else the day that generate.py began --data_file, so that answers follow the prompts they were drawn for, else today.
+    args: the ScoreArgs of score.py."""
+    resumed = begun_on(args.scored_file) if args.resume else None
+    return chat_day(args.chat_date, resumed or begun_on(args.data_file))
+
+
+def day_told(day: date, template: ChatTemplate | None) -> dict[str, str]:
+    """Row of the card: the date, if the chat template asks for it."""
+    return {"chat date": day.isoformat()} if template is not None and template.asks_for_date else {}
 
 
 def refuse_occupied(output_file: Path) -> None:

@@ -31,7 +31,7 @@ import torch
 
 from inference.choosing import answer_of, choose_best, choose_by_vote, final_answer
 from inference.grading import grade_file
-from inference.lines import LineWriter, begin, begun_on, lines_of, refuse_occupied, write_lines
+from inference.lines import LineWriter, begin, day_of, day_told, lines_of, refuse_occupied, write_lines
 from models.adapters import AdapterArgs, weight_files
 from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import (
@@ -70,7 +70,6 @@ from models.reward import (
     step_scores,
 )
 from models.reward import aggregate as aggregate_steps
-from models.tokenizer import chat_day
 from models.tp import TensorParallelArgs
 from models.workers import GradingArgs
 
@@ -156,7 +155,7 @@ def main(args: ScoreArgs) -> None:
         return
     runtime = choose_runtime(args)
     start_ranks(runtime.device)
-    today = on_main(lambda: chat_day(args.chat_date, begun_on(args.scored_file) if args.resume else None))
+    today = on_main(lambda: day_of(args))
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=today)
     if folder.tokenizer.chat_template is not None:
         folder.tokenizer.chat_template.ignore_unread()
@@ -195,6 +194,7 @@ def main(args: ScoreArgs) -> None:
         "device": runtime,
         "ranks": f"dp {mesh['dp'].size()} x tp {mesh['tp'].size()}",
         "scores": scores,
+        **day_told(today, folder.tokenizer.chat_template),
         "work": f"{len(items) - num_done:,} records to score{counts}" + f"; {num_done:,} done before" * bool(num_done),
     }
     say(card("score", rows))

@@ -62,6 +62,10 @@ class ChatTemplate:
         self.format = sources, {name: token for name, token in tokens.items() if name in self.source}
         self.ignored: set[str] | None = None  # see ignore_unread
 
+    @property
+    def asks_for_date(self) -> bool:
+        return "strftime_now" in self.source
+
     def render(self, messages: list[dict], /, *, add_generation_prompt: bool, **values) -> str:
         """Renders a chat. values: "tools", and other variables of the template (see variables()). Raises ValueError if
         the template is not valid, or fails on these messages."""

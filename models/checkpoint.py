@@ -50,7 +50,8 @@ class ModelArgs(RuntimeArgs):
     checkpoint_path: Path = flag(type=model_folder, help="Hugging Face folder with the model")
     chat_date: str | None = flag(
         None,
-        help="date that chat templates take for today, YYYY-MM-DD; default: today, with --resume the day the run began",
+        help="date that chat templates take for today, YYYY-MM-DD; default: with --resume the day the run began, in "
+        "score.py the day that generate.py began --data_file, else today",
     )
 
 

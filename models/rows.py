@@ -202,7 +202,7 @@ def _digest(path: Path, encoder: Encoder, tokenizer: Tokenizer, what: str) -> st
     depends_on = {
         "data": digest(path),
         "tokenizer": {file.name: digest(file) for file in tokenizer.files()},
-        "today": str(tokenizer.today) if template is not None and "strftime_now" in template.source else None,
+        "today": str(tokenizer.today) if template is not None and template.asks_for_date else None,
         "limits": encoder.limits._replace(more=None),
         "what": what,
         "code": [digest(file) for file in code],

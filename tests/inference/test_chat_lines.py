@@ -1,6 +1,7 @@
 """Chats that generate.py writes and score.py reads, and message contents in parts."""
 
 import json
+from datetime import date
 
 import pytest
 
@@ -9,6 +10,7 @@ from models.record_files import Record
 from models.reward import encode_to_score
 from models.tokenizer import Tokenizer
 from tests import tiny
+from tests.inference.test_score import write_reward_model
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -29,6 +31,33 @@ def test_lines_are_scored_as_they_were_asked(tmp_path, prompt):
     [row], _ = encode_to_score(Record("line", line), None, tokenizer)
     assert row.input_ids[: len(asked)] == asked and row.prompt_length == len(asked)
     assert line["tag"] == 1
+
+
+def test_lines_are_scored_on_the_day_they_were_drawn(tmp_path):
+    """Catches a template that is told another date when the answer is scored or graded than when it was drawn; and
+    lines that lie beside no record of their day, not scored with today's, or with a stated one."""
+    folder, rm, lines = tmp_path / "model", tmp_path / "rm", tmp_path / "lines.jsonl"
+    tiny.write_model(folder)
+    write_reward_model(rm)
+    for path in (folder, rm):
+        tiny.write_tokenizer(path, chat_template="{{ strftime_now('%d %b %Y') }} " + TEMPLATE)
+    given = ("--checkpoint_path", folder, "--output_file", lines, "--max_new_tokens", 4)
+    result = tiny.run("inference/generate.py", *given, "--chat", "--prompt", "1 plus 2", "--chat_date", "2024-02-29")
+    assert result.code == 0, result.stderr
+    days = "def day(prompts, completions, examples): return [int(text.startswith('29 Feb 2024')) for text in prompts]"
+    (tmp_path / "g.py").write_text(days)
+    copy, rewards, today = tiny.write_records(tmp_path / "copy.jsonl", tiny.read_lines(lines)), [], date.today()
+    stated = ("--chat_date", "2024-02-29")
+    for i, (data, more) in enumerate(((lines, ()), (copy, stated), (copy, ()))):
+        flags = ("--data_file", data, *more, "--output_file")
+        by_model = tiny.run("inference/score.py", "--checkpoint_path", rm, *flags, tmp_path / f"scored-{i}")
+        by_function = ("--grader", tmp_path / "g.py:day", "--checkpoint_path", folder)
+        by_function = tiny.run("inference/score.py", *by_function, *flags, tmp_path / f"graded-{i}")
+        assert tiny.read_lines(tmp_path / f"graded-{i}")[0]["grade"] == int(i < 2)
+        for result in (by_model, by_function):
+            assert ["chat", "date", "2024-02-29" if i < 2 else str(today)] in map(str.split, result.stdout.splitlines())
+        rewards.append(tiny.read_lines(tmp_path / f"scored-{i}")[0]["reward"])
+    assert rewards[0] == rewards[1] != rewards[2]
 
 
 def test_contents_in_parts_are_read(tmp_path):

@@ -20,6 +20,7 @@ from inference.choosing import group_of
 from inference.lines import LineWriter, begin, day_of, day_told, lines_of
 from models.chats import content_of, read_chat
 from models.checkpoint import has_score_head
+from models.checksums import check_files
 from models.common import card, progress_bar, say
 from models.functions import Grade, Grader, call_batch, load_grader, undisturbed
 from models.record_files import kind_of
@@ -45,6 +46,7 @@ def grade_file(args) -> None:
     ScoreArgs of score.py. Only the main rank calls this. Raises ValueError or OSError for unusable files or records."""
     tokenizer = None
     if args.checkpoint_path is not None:
+        check_files(args.checkpoint_path)
         if has_score_head(args.checkpoint_path):
             why = "beside a --grader it is the model that answered; a reward model scores in a run of its own"
             raise ValueError(f"--checkpoint_path {args.checkpoint_path}: {why}")

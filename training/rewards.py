@@ -189,6 +189,8 @@ class Scorer:
         self.pooled = [name for name, function in self.functions.items() if function.per_answer]
         self.grading: dict[int, tuple[Prompt, str, list]] = {}  # {index of an answer: (prompt, text, its futures)}
         self.pool, self.warned, self.graded = None, set(), set()
+        self.asked: list[Prompt] = []  # of this update's answers so far
+        self.gave: set[str] = set()  # the per-answer functions that have graded one of them
         tp_size = dist.get_world_size() // split.dp.size()  # tensor-parallel ranks are adjacent, with the same answers
         if self.pooled and dist.get_rank() % tp_size == 0:
             self.pool = Pool([self.functions[name] for name in self.pooled], args)
@@ -211,12 +213,14 @@ class Scorer:
         texts: list[str],
         finished: list[bool],
         punishment: Tensor | float = 0.0,
+        *,
+        again: bool = False,
     ) -> Scores:
         """Returns the scores of the answers; some may have been submitted already. A collective. Ends the run if a
         source fails and --reward_error does not allow it, or after a signal.
 
         rows: the policy's, prompt and answer with labels on the answer; texts, finished: of the answers. punishment:
-        a term of their rewards, fp64 [A] on the CPU.
+        a term of their rewards, fp64 [A] on the CPU. again: the answers belong to the update of the call before.
         """
         args, num_cut, grades = self.args, 0, {}
         num_tokens = torch.tensor([row.num_targets for row in rows])
@@ -230,8 +234,9 @@ class Scorer:
             if not function.per_answer:
                 grades[name] = self._ask_batch(function, *columns)
         order = [name for name in ("reward_model", *self.functions) if name in grades]
+        self.asked, self.gave = (self.asked + prompts, self.gave) if again else (prompts, set())
         for name in self.pooled:
-            self._check_some_graded(name, grades[name], prompts)
+            self._check_some_graded(name, grades[name])
         parts = [self._part_of_total(name, grades[name]) for name in order]
         parts += [-args.length_penalty * num_tokens.double(), punishment]
         parts.append(-(args.missing_eos_penalty or 0.0) * (~torch.tensor(finished)).double())
@@ -244,16 +249,17 @@ class Scorer:
         self._check_some_rewarded(total, prompts)
         return Scores(total.to(device), step_rewards.to(device), num_cut, sources, failures)
 
-    def _check_some_graded(self, name: str, grades: list[Grade], prompts: list[Prompt]) -> None:
-        """Ends the run if a per-answer function fails for all answers and --reward_error is not given: otherwise the
-        run would go on without learning. If all answers are to one prompt, its record may be the cause: then the run
-        goes on, provided that the function has graded answers before."""
-        several = len({id(prompt) for prompt in prompts}) > 1 or name not in self.graded
+    def _check_some_graded(self, name: str, grades: list[Grade]) -> None:
+        """Ends the run if a per-answer function fails for all answers of an update and --reward_error is not given:
+        otherwise the run would go on without learning. If all answers are to one prompt, its record may be the cause:
+        then the run goes on, provided that the function has graded answers before."""
+        several = len({id(prompt) for prompt in self.asked}) > 1 or name not in self.graded
         if not all(grade.failure for grade in grades):
             self.graded.add(name)
-        elif several and self.args.reward_error is None and self.weights[name]:
+            self.gave.add(name)
+        elif name not in self.gave and several and self.args.reward_error is None and self.weights[name]:
             self.stop.fail(
-                f"--reward_fn: {name} gave none of {len(grades)} answers a grade, the first: {grades[0].failure}; "
+                f"--reward_fn: {name} gave none of {len(self.asked)} answers a grade, the first: {grades[0].failure}; "
                 "--reward_error skip or zero lets the run go on"
             )
 

@@ -272,7 +272,7 @@ def sample_groups(engine: Engine, scorer: Scorer, train: list[Prompt], num_done:
     for _ in range(1 + args.max_resamples):
         numbers = prompt_numbers(len(train), num_done, missing, seed=args.seed)
         asked = [train[i] for i in numbers for _ in range(G)]
-        sampled.append(answers_to(engine, scorer, asked, num_done * G, 0))
+        sampled.append(answers_to(engine, scorer, asked, num_done * G, 0, again=bool(sampled)))
         num_done += missing
         missing = int(all_alike(sampled[-1].rewards, G).sum())
         if not missing:
@@ -280,8 +280,11 @@ def sample_groups(engine: Engine, scorer: Scorer, train: list[Prompt], num_done:
     return sampled
 
 
-def answers_to(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int, sample_idx: int) -> Sampled:
-    """Samples (see draw) and scores an answer to each prompt. A collective."""
+def answers_to(
+    engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int, sample_idx: int, *, again: bool = False
+) -> Sampled:
+    """Samples (see draw) and scores an answer to each prompt. again: for the update of the call before. A
+    collective."""
     args, watch = scorer.args, Stopwatch(engine.device)
     answers = draw(engine, scorer, prompts, first, sample_idx)
     rows, mask, _ = as_rows(prompts, answers, engine.device)
@@ -293,7 +296,7 @@ def answers_to(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int
         if args.mask_truncated_completions:  # punishing a masked answer would only raise the others' advantages
             punishment = punishment * torch.tensor(finished)
     with resting(engine, min(args.sleep, 1) if scorer.model else 0):  # not its weights, which no refresh may follow
-        scores = scorer.score(prompts, rows, texts, finished, punishment)
+        scores = scorer.score(prompts, rows, texts, finished, punishment, again=again)
     seconds["score"] = watch.lap()
     return Sampled(prompts, answers, mask, scores, seconds)
 

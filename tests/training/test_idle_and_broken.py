@@ -30,6 +30,7 @@ REWARDS = """
 def each(prompt, completion, example): return float(len(completion))
 def none(prompt, completion, example): return None
 def no_so(prompt, completion, example): return None if "so" in prompt else float(len(completion))
+def one_or_so(prompt, completion, example): return None if "so" in prompt else 1.0
 def whole(prompts, completions, examples): return [float(len(c)) for c in completions]
 """
 FIRST_STEPS = ["--lr_schedule", "constant", "--warmup_ratio", 0, "--batch_size", 2, "--save_steps", 1]
@@ -181,6 +182,23 @@ def test_a_record_that_cannot_be_graded(script, folder, world, tmp_path):
     assert result.code == 0, result.stderr
     lines = tiny.read_lines(tmp_path / "out/metrics.jsonl")
     assert [line["rewards/num_skipped"] for line in lines] == [0, flags[flags.index("--rollout_batch_size") + 1]]
+
+
+def test_a_round_that_cannot_be_graded(folder, world, tmp_path):
+    """Catches a run that ends because --max_resamples draws a round of bad records, although the function has graded
+    others in this update; and one that goes on although it has graded none, since each round is of one record."""
+    records = [{"prompt": text} for text in ("or not", "it is", "Is it so", "so it is")]
+    data = tiny.write_records(tmp_path / "prompts.jsonl", records)
+    seed = next(seed for seed in range(99) if set(prompt_numbers(4, 0, 2, seed=seed)) == {0, 1})
+    flags = ["--prompt_file", data, "--seed", seed, "--reward_fn", "fn.py:one_or_so", "--reward_workers", 1]
+    flags += ["--max_resamples", 1]  # all rewards are 1
+    result = run("train_grpo", folder, world, tmp_path / "a", *flags)
+    assert result.code == 0, result.stderr
+    [line] = tiny.read_lines(tmp_path / "a/metrics.jsonl")
+    assert line["rewards/one_or_so/errors"] == 4 and line["rewards/one_or_so/mean"] == 1
+    result = run("train_grpo", folder, world, tmp_path / "b", *flags, "--rollout_batch_size", 2, "--total_steps", 2)
+    assert_ended(result, "one_or_so gave none of 4 answers a grade")
+    assert len(tiny.read_lines(tmp_path / "b/metrics.jsonl")) == 1
 
 
 def test_weights_that_are_not_finite(folder, world, tmp_path):

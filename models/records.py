@@ -164,9 +164,12 @@ class EncodingCounts(NamedTuple):
     nothing_to_learn: int = 0  # no label, or chosen and rejected are equal, maybe only because both were truncated
     split_differently: int = 0  # the ids are not the whole text's: a token would span the end of a prompt or a step
     turns_cut_by_the_template: int = 0  # turns that lose a part once others follow, so they are not learnt
+    with_the_separator_inside_a_step: int = 0  # labelled steps that scoring would find elsewhere in the same text
 
     def __str__(self) -> str:
-        return "".join(f"; {n:,} {name.replace('_', ' ')}" for name, n in self._asdict().items() if n)
+        said = "".join(f"; {n:,} {name.replace('_', ' ')}" for name, n in self._asdict().items() if n)
+        advice = ", at which scoring would cut it: take a --step_separator that no step holds"
+        return said + advice * bool(self.with_the_separator_inside_a_step)
 
     def __bool__(self) -> bool:
         return any(self)

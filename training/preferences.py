@@ -37,6 +37,7 @@ from models.reward import (
     encode_pair_record,
     encode_steps,
     finite_number,
+    split_steps,
     without_separator,
 )
 from models.rows import IN_MEMORY, Rows, Store, encode_file
@@ -127,8 +128,11 @@ def encode_process_record(record: Record, step_separator: str, tokenizer: Tokeni
         labels = [_label(f"labels[{i}]", label) for i, label in enumerate(labels)]
         steps = without_separator(steps, step_separator)
         ids, positions = encode_steps(prompt, steps, step_separator, tokenizer)
-        whole = encode_generated(prompt, "".join(step + step_separator for step in steps), tokenizer, finished=False)
-        counts = EncodingCounts(split_differently=int(ids != whole))
+        text = "".join(step + step_separator for step in steps)
+        counts = EncodingCounts(
+            split_differently=int(ids != encode_generated(prompt, text, tokenizer, finished=False)),
+            with_the_separator_inside_a_step=int(step_separator != "" and split_steps(text, step_separator) != steps),
+        )
         return Scored(ids, positions, labels, len(encode_prompt(prompt, tokenizer))), counts
 
 

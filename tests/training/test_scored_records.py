@@ -8,7 +8,7 @@ import torch
 
 from models.chats import read_chat
 from models.records import EncodingCounts, Limits, Record, encode_answer, encode_prompt
-from models.reward import Scored, encode_steps, rows_to_score
+from models.reward import Scored, encode_steps, encode_to_score, rows_to_score
 from tests import tiny
 from tests.training.test_data import CHAT, END_OF_TURN, SYSTEM
 from training.preferences import encode_pointwise_record, encode_process_record, encode_scored_file
@@ -89,7 +89,9 @@ def test_steps(kind, separator, opened):
     one, where a sentencepiece tokenizer puts a space before each that generated text does not have."""
     tokenizer, oracle = opened(kind)
     record = {"prompt": "Question: how many?\n", "completions": STEPS, "labels": [1, True, 0.25]}
-    row, differs = encode_process_record(Record("x", record), separator, tokenizer)
+    row, counts = encode_process_record(Record("x", record), separator, tokenizer)
+    differs = counts.split_differently
+    assert counts.with_the_separator_inside_a_step == (separator == "\n")  # the last of STEPS
     assert (row.input_ids, row.positions) == encode_steps(record["prompt"], STEPS, separator, tokenizer)
     text = record["prompt"] + "".join(step + separator for step in STEPS)
     assert bool(differs) == (row.input_ids != oracle(text)["input_ids"])
@@ -119,6 +121,22 @@ def test_steps_whose_tokens_would_merge(opened):
     assert len(tokenizer.encode("\n\n")) == 1
     ids, positions = encode_steps("the answer\n", ["\nis", "\nyes"], "\n", tokenizer)
     assert [tokenizer.decode(ids[: p + 1]) for p in positions] == ["the answer\n\nis\n", "the answer\n\nis\n\nyes\n"]
+
+
+@pytest.mark.parametrize("separator", ["\n", "\n\n", " ;"])
+def test_steps_that_scoring_would_cut(separator, tokenizer):
+    """Catches steps that are trained at other places than score.py finds in their text, and are not counted; and steps
+    counted though they are found."""
+    steps = ["a", "a\n", "b\nc", "\n\nd", "e\n\n", "f\n\ng", " h ;", "i ; j", " ; k", "l"]
+    for first in steps:
+        for last in steps:
+            record = {"prompt": "a", "completions": [first, last], "labels": [1, 0]}
+            row, counts = encode_process_record(Record("x", record), separator, tokenizer)
+            output = "".join(step.removesuffix(separator) + separator for step in (first, last))
+            [scored], _ = encode_to_score(Record("x", {"prompt": "a", "output": output}), separator, tokenizer)
+            assert counts.with_the_separator_inside_a_step == (scored.positions != row.positions), (first, last)
+    told = str(EncodingCounts(1, with_the_separator_inside_a_step=2))
+    assert told.startswith("; 1 truncated; 2 with the separator inside a step, at which") and "--step_sep" in told
 
 
 @pytest.mark.parametrize("kind", [*FOLDERS, "newlines_plain"])

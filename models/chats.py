@@ -88,7 +88,7 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
         if read[0][0]["role"] == "system":
             raise ValueError(f"system, and {what}[0] is a system message too; leave one out")
         read.insert(0, ({"role": "system", "content": system}, False))
-    tools, kwargs = parsed(_without_nulls(fields.get("tools"))), parsed(fields.get("chat_template_kwargs"))
+    tools, kwargs = parsed(without_nulls(fields.get("tools"))), parsed(fields.get("chat_template_kwargs"))
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError("tools must be a list of objects, or its JSON text")
     for function in (tool.get("function", tool) for tool in tools or ()):
@@ -104,7 +104,7 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
 
 def not_read(fields: dict) -> list[str]:
     """Returns the fields of NOT_READ that are not empty."""
-    found = {name: parsed(_without_nulls(fields.get(name))) for name in NOT_READ}
+    found = {name: parsed(without_nulls(fields.get(name))) for name in NOT_READ}
     for name in ("functions", "documents"):
         if not (isinstance(found[name], list) and all(isinstance(each, dict) for each in found[name])):
             del found[name]  # another kind of field that has this name
@@ -119,12 +119,12 @@ def parsed(value: object) -> object:
         return value
 
 
-def _without_nulls(value: object) -> object:
+def without_nulls(value: object) -> object:
     """Removes null entries from objects: with typed columns, each object has the keys of all records. JSON text is not
     parsed."""
     if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _has_content(value: object) -> bool:
@@ -149,7 +149,7 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
     message = {key: value for key, value in message.items() if value or key not in ("tool_calls", *REASONING)}
     calls = message.get("tool_calls")
     if calls:
-        calls = message["tool_calls"] = parsed(_without_nulls(calls))
+        calls = message["tool_calls"] = parsed(without_nulls(calls))
     if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise ValueError(f"{name}: tool_calls must be a list of objects, or its JSON text")
     for function in (each for each in functions_of(message) if "name" in each):

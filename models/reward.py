@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.chats import Chat, read_chat
+from models.chats import Chat, read_chat, without_nulls
 from models.checkpoint import WeightFiles
 from models.forward import forward_rows
 from models.model import Transformer, read_hf_config
@@ -223,8 +223,10 @@ def _prompt_and_sides(record: Record) -> tuple[str | Chat, str | list[dict], str
 
 
 def _given(message: object) -> object:
-    """A message without its empty keys: where columns have types, each message has the keys of all others."""
-    return {k: v for k, v in message.items() if v not in (None, "", [])} if isinstance(message, dict) else message
+    """A message without its empty keys: where columns have types, each message has the keys of all others, and each
+    object within it, such as a call's arguments, has them as nulls."""
+    given = without_nulls(message)
+    return {k: v for k, v in given.items() if v not in ("", [])} if isinstance(given, dict) else given
 
 
 def place_of_score(ids: Sequence[int], pad_token_id: int | None) -> int:

@@ -10,6 +10,7 @@ from models.chats import read_chat
 from models.records import EncodingCounts, Limits, Record, encode_prompt, micro_batches
 from models.reward import Pair, encode_pair_record, pair_rows, rows_to_score
 from tests import tiny
+from tests.models import test_chat_corners
 from tests.training.test_data import CHAT, END_OF_TURN, SYSTEM
 from training.data import encode_sft_record
 from training.preferences import encode_pair_file
@@ -90,9 +91,10 @@ def test_pair_of_chats(kind, opened):
     assert pair(tokenizer, **columns, **whole) == made  # or as UltraFeedback's columns, beside messages that have both
 
 
-def test_implicit_prompt(opened):
-    """Catches a prompt that swallows the answer if both sides are equal or one begins with the other, and a turn after
-    the first difference taken for the prompt's."""
+def test_implicit_prompt(opened, tmp_path):
+    """Catches a prompt that swallows the answer if both sides are equal or one begins with the other, a turn after
+    the first difference taken for the prompt's, and a prompt that ends early, or is given and not found in the sides,
+    where typed columns have put nulls into a call's arguments."""
     tokenizer, _ = opened("llama3")
     first = encode_prompt(read_chat(CHAT[:1]), tokenizer)
     same = pair(tokenizer, chosen=CHAT[:2], rejected=CHAT[:2])
@@ -105,6 +107,19 @@ def test_implicit_prompt(opened):
     assert several.prompt_length == len(first) and several.chosen == longer.chosen
     sft = encode_sft_record(Record("x", {"messages": other}), tokenizer)[0]
     assert several.rejected == sft  # loss on both turns of the assistant, not on the user's
+
+    calls = "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}<|eot_id|>"
+    tokenizer, _ = test_chat_corners.opened(tmp_path, test_chat_corners.CHATML.replace("<|eot_id|>", calls))
+
+    def called(arguments, *more):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}, CHAT[2], *more]
+
+    made = pair(tokenizer, chosen=called({"q": 1}, CHAT[1]), rejected=called({"q": 1}, CHAT[3]))
+    assert made.prompt_length == len(encode_prompt(read_chat(called({"q": 1})), tokenizer))
+    for prompt in ({}, {"prompt": called({"q": 1})}, {"prompt": called({"z": None, "q": 1})}):
+        nulls = [called({"q": 1, "z": None}, CHAT[1]), called({"q": 1}, CHAT[3])]
+        assert pair(tokenizer, **prompt, chosen=nulls[0], rejected=nulls[1]) == made
 
 
 def test_answer_that_merges_with_the_header(opened):

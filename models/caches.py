@@ -10,8 +10,15 @@ import torch
 
 
 def cache_folder() -> Path:
-    """Returns ~/.cache/gpt-accelera, which may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gpt-accelera"
+    """Returns ~/.cache/gpt-accelera, which may not exist yet; a temporary folder for a user without a home, of whom
+    expanduser leaves the ~. A relative XDG_CACHE_HOME is ignored, as its specification says."""
+    given, home = Path(os.environ.get("XDG_CACHE_HOME", "")), Path(os.path.expanduser("~/.cache"))
+    caches = next((path for path in (given, home) if path.is_absolute()), None)
+    return _temporary() if caches is None else caches / "gpt-accelera"
+
+
+def _temporary() -> Path:
+    return Path(tempfile.gettempdir()) / f"gpt-accelera-{os.getuid()}"
 
 
 def keep_compiled_code() -> None:
@@ -28,7 +35,7 @@ def keep_compiled_code() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
-        folder = Path(tempfile.gettempdir()) / f"gpt-accelera-{os.getuid()}"
+        folder = _temporary()
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if given is None or given == _torchs_own():
         parts = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may lack it

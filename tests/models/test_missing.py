@@ -97,6 +97,18 @@ def test_no_home_to_write_to(tmp_path, monkeypatch):
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == of_node
 
 
+def test_no_home_at_all(tmp_path, monkeypatch):
+    """Catches a folder called ~, or one that a relative XDG_CACHE_HOME names, in each directory that a run starts in,
+    for a user id without a name, as containers give."""
+    home, elsewhere = Path.home() / ".cache/gpt-accelera", Path(tempfile.gettempdir()) / f"gpt-accelera-{os.getuid()}"
+    for given, folder in ((str(tmp_path), tmp_path / "gpt-accelera"), ("caches", home), ("", home)):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert caches.cache_folder() == folder
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert caches.cache_folder() == elsewhere
+
+
 def test_compiled_code_is_kept(tmp_path):
     """Catches compiled code that stays in torch's default folder, and is lost with /tmp: importing torch writes that
     folder into the environment, where it looks like a user's choice."""

@@ -54,11 +54,15 @@ class Divergence:
             )
             equal += "rewarded, or try a higher --temperature, more --num_generations, --max_resamples"
             self._say_once(step, "rewards", equal)
-        if self.stop_kl is not None and kl > self.stop_kl:
+        if self.ends(kl):
             self.stop.fail(
                 f"--stop_kl {self.stop_kl}: the KL of update {step} is {kl:.4g}; take an earlier model of "
                 f"--export_steps, or start a new run with {slower}, or {self.flags}"
             )
+
+    def ends(self, kl: float) -> bool:
+        """Whether --stop_kl ends the run after an update with this KL, as look() does."""
+        return self.stop_kl is not None and kl > self.stop_kl
 
     def _warn(self, step: int, what: str, value: float, most: float, advice: str) -> None:
         if value > most:

@@ -361,11 +361,11 @@ class Run:
             metrics["mfu"] = rate * flops / (peak[0] * dist.get_world_size())
         return metrics
 
-    def log(self, metrics: dict[str, float], *shown: str) -> None:
+    def log(self, metrics: dict[str, float], *shown: str, due: bool = False) -> None:
         """Writes the metrics of this step, under any names, if a line is due. shown: the metrics that the progress bar
-        shows beside the speed; default: the loss."""
+        shows beside the speed; default: the loss. due: whatever --log_steps says, since the run ends here."""
         self._end_update()
-        if self.eval_due or self.step % self.args.log_steps == 0:
+        if due or self.eval_due or self.step % self.args.log_steps == 0:
             self._metrics.write({"step": self.step, **metrics})
         self.unfinished, self._line = {}, dict(metrics)
         if self._bar is None:  # before the first step of a resumed run

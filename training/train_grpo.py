@@ -161,7 +161,7 @@ def main(args: GrpoArgs) -> None:
         if data.held_out and run.eval_due:
             with run.evaluating(metrics):
                 metrics |= evaluate()
-        run.log(metrics, "reward")
+        run.log(metrics, "reward", due=divergence.ends(metrics.get("kl", 0.0)))
         if run.export_due:
             run.export(policy, what="policy", subfolder=run.step_folder)
         if run.step >= run.first_step or run.interrupted:

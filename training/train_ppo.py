@@ -179,7 +179,7 @@ def main(args: PpoArgs) -> None:
         if data.held_out and run.eval_due:
             with run.evaluating(metrics):
                 metrics |= evaluate()
-        run.log(metrics, "objective/scores", "objective/kl")
+        run.log(metrics, "objective/scores", "objective/kl", due=divergence.ends(metrics.get("objective/kl", 0.0)))
         if run.export_due:
             export(run, policy, critic, critic_files, Path(run.step_folder))
         if run.step >= run.first_step or run.interrupted:

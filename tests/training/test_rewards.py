@@ -289,21 +289,22 @@ def test_equal_sums_are_equal_rewards(grades, num_tokens, given, wanted, folder,
 
 def test_stop_kl(folder, world, tmp_path):
     """Catches a run that goes on with a diverged policy or loses its state, a bound on another number than the logged
-    KL, one that forbids the export of a run that is ended there, and a bound without a KL to measure."""
-    result = tiny.run("training/train_ppo.py", *flags(folder, world, tmp_path / "out", stop_kl=1e-6, total_steps=9))
-    lines = tiny.read_lines(tmp_path / "out/metrics.jsonl")
-    kls = [line["objective/kl"] for line in lines]
-    tiny.assert_refused(result, f"--stop_kl 1e-06: the KL of update {len(lines)} is {kls[-1]:.4g}; ")
-    assert kls[-1] > 1e-6 and max(kls[:-1]) <= 1e-6
-    last = {"total_steps": len(lines), "accept_changed": "total_steps", "resume": True}
+    KL, one that forbids the export of a run that is ended there, a last update without its line where --log_steps
+    writes few, and a bound without a KL to measure."""
+    first = {"stop_kl": 1e-6, "total_steps": 9, "log_steps": 9}
+    result = tiny.run("training/train_ppo.py", *flags(folder, world, tmp_path / "out", **first))
+    [line] = tiny.read_lines(tmp_path / "out/metrics.jsonl")
+    tiny.assert_refused(result, f"--stop_kl 1e-06: the KL of update 2 is {line['objective/kl']:.4g}; ")
+    assert line["step"] == 2 and line["objective/kl"] > 1e-6  # in the first update the policy is its reference
+    last = {"total_steps": 2, "accept_changed": "total_steps", "resume": True}
     result = tiny.run("training/train_ppo.py", *flags(folder, world, tmp_path / "out", stop_kl=1e-6, **last))
     assert result.code == 0 and (tmp_path / "out/config.json").exists(), result.stderr
     groups = {"value_learning_rate": None, "ppo_epochs": None, "num_generations": 2}
-    words = flags(folder, world, tmp_path / "groups", stop_kl=1e-6, beta=0.1, total_steps=9, **groups)
+    words = flags(folder, world, tmp_path / "groups", stop_kl=1e-6, beta=0.1, total_steps=9, log_steps=9, **groups)
     result = tiny.run("training/train_grpo.py", *words)
-    *_, line = tiny.read_lines(tmp_path / "groups/metrics.jsonl")
+    [line] = tiny.read_lines(tmp_path / "groups/metrics.jsonl")
     tiny.assert_refused(result, f"--stop_kl 1e-06: the KL of update {line['step']} is {line['kl']:.4g}; ")
-    assert (tmp_path / f"out/checkpoints/step-{len(lines):06d}").is_dir()
+    assert (tmp_path / "out/checkpoints/step-000002").is_dir()
     words = flags(folder, world, tmp_path / "no", stop_kl=1, **groups)
     tiny.assert_refused(tiny.run("training/train_grpo.py", *words), "--stop_kl 1.0 does nothing without a --beta")
 

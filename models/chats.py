@@ -257,7 +257,9 @@ class _TurnFinder:
     def __init__(self, chat: Chat, template: ChatTemplate, rendering: Rendering, end_tokens: tuple[list[str], ...]):
         self.chat, self.template, self.end_tokens = chat, template, end_tokens
         self.text, self.begins, self.ends, self.calls, _ = rendering
-        self.leads: dict[tuple, str] = {}  # kind of turn -> text between the content before it and its beginning
+        # kind of turn -> texts between the content before it and its beginning: the generation prompt's, whose opened
+        # thought a turn without thoughts lacks, and that turn's
+        self.leads: dict[tuple, tuple[str, str]] = {}
         self.last_end = 0  # of the turns found so far
 
     def rendered(self, count: int, *, add_generation_prompt: bool) -> str:
@@ -294,11 +296,11 @@ class _TurnFinder:
             *(bool(message.get(name)) for name in ("tool_calls", *REASONING)),
             content_of(message).lstrip()[:1] == "<",  # may be a thought, whose tag the header may have opened
         )
-        lead = self.leads.get(kind)
-        if lead and led_by is not None and self.text.startswith(lead, led_by):
-            return led_by + len(lead)
+        for lead in self.leads.get(kind, ()):
+            if lead and led_by is not None and self.text.startswith(lead, led_by):
+                return led_by + len(lead)
         before = self.rendered(i, add_generation_prompt=True)
-        start = _common_prefix(before, self.text)
+        start, prompted = _common_prefix(before, self.text), before[behind:]
         if start < behind:  # the template formats the preceding message differently when others follow
             header = before[len(self.rendered(i, add_generation_prompt=False)) :]
             headers, limit = [header, BEGUN_THOUGHT.sub("", header)], self.begins.get(i)
@@ -306,14 +308,15 @@ class _TurnFinder:
             found = sorted((at, -length) for at, length in found if at >= 0)
             if not found and limit is None:
                 raise ValueError(f"the chat template does not show where message {i} begins")
-            start = found[0][0] - found[0][1] if found else limit
+            at, length = found[0] if found else (limit, 0)
+            start, prompted = at - length, self.text[behind:at] + header
         elif start < len(before):  # the header before an answer differs from the generation prompt
             closed = CLOSED_THOUGHT.search(before)
             start = start if closed is None else min(start, closed.start())
             start = min(_before_tag(self.text, start), self.begins.get(i, start))
             start = max(start, behind)
         if led_by is not None:
-            self.leads[kind] = self.text[led_by:start]
+            self.leads[kind] = prompted, self.text[led_by:start]
         return start
 
     def _block_end(self, i: int) -> int:

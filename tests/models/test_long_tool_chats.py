@@ -91,3 +91,24 @@ def test_tools_that_print_nothing(opened, output, opening):
     assert text == theirs.apply_chat_template(shown, chat_template=template, tokenize=False)
     wanted = ["5<|eot_id|>", '<tool>{"name": "g", "arguments": {}}</tool><|eot_id|>', "6<|eot_id|>", "7<|eot_id|>"]
     assert [text[slice(*span)] for span in spans] == wanted and cut == 2
+
+
+@pytest.mark.parametrize("thoughts", [("hm", "hm"), ("", "hm"), ("hm", ""), ("", "")])
+def test_a_thought_that_the_prompt_opens(opened, thoughts):
+    """Catches learning the "<think>" that the generation prompt has opened, where an earlier turn of the same kind lost
+    its thought and so began before it."""
+    tokenizer, _ = opened
+    template = THINKING.replace("<|assistant|>\n", "<|assistant|>\n<think>\n")
+    (tokenizer.config_path.parent / "chat_template.jinja").write_text(template, encoding="utf-8")
+    tokenizer = Tokenizer(tokenizer.config_path.parent)
+    first, then = ({"reasoning_content": thought} for thought in thoughts)
+    messages = [USER, calling("f", {}) | first, tool("5"), calling("g", {}) | then, tool("6"), answer("7") | then]
+
+    def learnt(messages):
+        text, spans, _ = learnt_turns(read_chat(messages), tokenizer)
+        return [text[slice(*span)] for span in spans]
+
+    alone = learnt(messages)
+    assert [turn.startswith("hm\n</think>\n\n") for turn in alone] == [bool(each) for each in (*thoughts, thoughts[1])]
+    assert learnt([*messages, *messages])[-3:] == alone
+    assert learnt([{**each, "reasoning_content": "ho"} for each in messages] + messages)[-3:] == alone

@@ -258,7 +258,7 @@ def check_reader(name: str, path: Path, policy: Folder, args) -> None:
             f"tokens instead of {policy.config.vocab_size}"
         )
     files = _text_to_ids(path)
-    if files and files != _text_to_ids(policy.path):
+    if files.keys() & {"tokenizer.json", "tokenizer.model"} and files != _text_to_ids(policy.path):
         _check_vocabulary(name, path, policy)
 
 

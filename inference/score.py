@@ -358,7 +358,7 @@ def speed_of(
     }
     peak = peaks(runtime.device)
     if peak:
-        flops = config.training_flops_per_token(mean_length(computed), has_lm_head=False) / 3 * sum(computed)
+        flops = config.training_flops_per_token(mean_length(computed), logits=0.0) / 3 * sum(computed)
         rows["speed"] += f", MFU {flops / seconds / peak[0] / num_ranks:.1%}"
     return rows
 

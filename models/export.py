@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.checkpoint import hf_name
+from models.checkpoint import folder_config, hf_name, open_folder
 from models.checksums import THREADS, WEIGHTS_KEY, tensor_digest, write_checksums
 from models.common import dtype_name, is_main_rank
 from models.files import COPIED_FILES, naming_file, read_json_object, sync
+from models.pad_token import named_pad_token, pad_changes
 
 MAX_SHARD_BYTES = 5_000_000_000
 STAGING = ".export.partial"
@@ -90,6 +91,19 @@ def save_folder(
         raise
     with naming_file(folder):
         _publish(staging, folder)
+
+
+def files_of_export(start: Path, config: dict | None, json_changes: dict[str, dict]) -> dict:
+    """Returns what save_folder writes beside the weights of a model that began in the folder `start`; see Run.export.
+    Raises ValueError or OSError if the folder has lost its files since."""
+    changes, began = dict(json_changes), open_folder(start, frozen=True)
+    if config is None:
+        config, pad = folder_config(start), named_pad_token(began)
+        if pad is not None and pad.id < config["vocab_size"]:  # many folders' pad token has no embedding
+            config |= {} if config.get("pad_token_id") is None else {"pad_token_id": pad.id}
+            changes |= pad_changes(start, pad)
+        changes["generation_config.json"] = changes.get("generation_config.json", {}) | began.generation_changes()
+    return {"config": config, "copy_from": start, "json_changes": changes}
 
 
 def complete_export(folder: Path) -> None:

@@ -160,15 +160,15 @@ class ModelConfig:
         embeddings = (2 - self.tie_word_embeddings) * self.vocab_size * E
         return self.num_hidden_layers * (attention + mlp + 2 * E) + E + embeddings
 
-    def training_flops_per_token(self, seq_len: float, *, frozen: bool = False, has_lm_head: bool = True) -> float:
+    def training_flops_per_token(self, seq_len: float, *, frozen: bool = False, logits: float = 1.0) -> float:
         """FLOPs of forward and backward per token of a row of seq_len tokens: 6 for each weight that multiplies it,
         and causal attention's two products over seq_len / 2 positions on average (PaLM, arXiv 2204.02311, appendix B).
 
         frozen: 4 for each weight, since a base under adapters has no weight gradients; the adapters are not counted.
-        has_lm_head: whether logits are computed; the product of a scalar head is not counted.
+        logits: the share of the tokens that have logits, 0 with a scalar head, whose product is not counted.
         """
-        matrices = self.vocab_size * self.hidden_size  # of the embedding and of the head
-        weights = self.num_parameters() - (not self.tie_word_embeddings) * matrices - (not has_lm_head) * matrices
+        head = self.vocab_size * self.hidden_size  # and the embedding, which multiplies nothing
+        weights = self.num_parameters() - (2 - self.tie_word_embeddings - logits) * head
         attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * seq_len
         return (4 if frozen else 6) * weights + 6 * attention
 

@@ -69,5 +69,6 @@ def measure_dpo(args: DpoArgs, runtime: Runtime) -> dict:
 
     length = args.prompt_len + args.new_tokens
     tokens = 2 * len(pairs) * length
-    flops = config.training_flops_per_token(length) * (1 if args.precompute_ref else 4 / 3)
+    flops = config.training_flops_per_token(length, logits=args.new_tokens / length)
+    flops *= 1 if args.precompute_ref else 4 / 3
     return figures_of_steps(model, args, runtime, loss_of, tokens=tokens, flops_per_token=flops)

@@ -96,10 +96,11 @@ def measure_grpo(args: GrpoArgs, runtime: Runtime) -> dict:
             update(model, rows, advantages, split)
             seconds[name].append(watch.lap())
     lengths = [len(row.input_ids) for row in rows]
+    flops_of = config.training_flops_per_token
+    flops = sum(n * flops_of(n, logits=row.num_targets / n) for n, row in zip(lengths, rows)) / sum(lengths)
     rates = {name: sum(lengths) / statistics.median(times[1:]) for name, times in seconds.items()}
     ratios = [padded / packed for padded, packed in list(zip(*seconds.values()))[1:]]
     padding = padding_share(rows, splits["padded"])
-    flops = sum(length * config.training_flops_per_token(length) for length in lengths) / sum(lengths)
     shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
     return {
         "tokens_per_second": rates["packed"],

@@ -219,8 +219,8 @@ def split(median: dict, engine_rate: float, reward: ModelConfig, args: PpoArgs) 
     seconds = {name: median[f"time/{name}"] for name in ("rollout", "score", "logprobs", "update", "refresh")}
     whole = sum(seconds.values())
     answers, length = args.batch_size, args.prompt_len + median["completion_length"]
-    of_policy = args.config.training_flops_per_token(length) / 3
-    of_reward = reward.training_flops_per_token(length, has_lm_head=False) / 3
+    of_policy = args.config.training_flops_per_token(length, logits=median["completion_length"] / length) / 3
+    of_reward = reward.training_flops_per_token(length, logits=0.0) / 3
     flops = {  # per token; the critic has the reward model's shape
         "score": of_reward,
         "logprobs": 2 * of_policy + of_reward,

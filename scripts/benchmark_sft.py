@@ -62,6 +62,6 @@ def measure_sft(args: SftArgs, runtime: Runtime) -> dict:
         return token_cross_entropy(forward.hidden, weight, forward.labels, learnt=learnt) / num_targets
 
     frozen = args.lora_r is not None
-    flops = sum(n * config.training_flops_per_token(n, frozen=frozen) for n in lengths) / args.seq_len
+    flops = sum(n * config.training_flops_per_token(n, frozen=frozen, logits=1 - 1 / n) for n in lengths) / args.seq_len
     tokens = args.batch_size * args.seq_len
     return figures_of_steps(model, args, runtime, loss_of, tokens=tokens, flops_per_token=flops)

@@ -126,7 +126,7 @@ def main(args: SftArgs) -> None:
 
         lengths = [n for example in batch for n in example.lengths or [len(example.input_ids)]]
         metrics = {"loss": loss.item(), "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
-        finish(metrics | run.speed(model, lengths))
+        finish(metrics | run.speed(model, lengths, num_targets))
 
     run.export(model)
 

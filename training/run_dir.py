@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.adapters import LoraArgs, adapter_tensors, check_base_is_the_same, remove_merged, write_adapter
-from models.checkpoint import MERGED, ModelArgs, folder_config, open_folder, stored_dtype
+from models.checkpoint import MERGED, ModelArgs, stored_dtype
 from models.checksums import CHECKSUMS
 from models.common import (
     DTYPES,
@@ -41,14 +42,13 @@ from models.common import (
     refuse_idle,
     say,
 )
-from models.export import INDEX, WEIGHTS, CannotHold, complete_export, save_folder
+from models.export import INDEX, WEIGHTS, CannotHold, complete_export, files_of_export, save_folder
 from models.files import COPIED_FILES, read_json_object, write_json
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, small_fingerprint
 from models.fsdp import full_tensors, start_ranks
 from models.gpu import mean_length, peaks
 from models.identity import AcceptArgs, begun_with, changed_flags, check_ranks_agree
 from models.model import Transformer
-from models.pad_token import named_pad_token, pad_changes
 from models.shared import check_free, check_shared, check_writable, hold
 from models.tokenizer import chat_day
 from training.checkpoints import CheckpointWriter, all_fit, check_checkpoints_are_there, load_newest_checkpoint
@@ -345,19 +345,20 @@ class Run:
         if model.lora is None and on_main(lambda: small_fingerprint(start) != self._copied):
             self.fail_export(f"{start}: other content than when the run began; restore it and --resume")
 
-    def speed(self, model: Transformer, lengths: list[int], *, beside: bool = False) -> dict[str, float]:
+    def speed(
+        self, model: Transformer, lengths: list[int], num_targets: int, *, beside: bool = False
+    ) -> dict[str, float]:
         """Returns num_tokens, tokens_per_second, and mfu if the device's peak is known, over all ranks and the time
-        since the step began. model: the one that trains; lengths: of the step's sequences; beside: whether another
-        model of its size ran a forward pass (no backward) on them, such as a reference."""
+        since the step began. model: the one that trains; lengths: of the step's sequences; num_targets: their tokens
+        with logits; beside: whether another model of its size ran a forward pass (no backward), such as a reference."""
         self.num_tokens += sum(lengths)
         rate = sum(lengths) / self._watch.lap()
         metrics = {"num_tokens": self.num_tokens, "tokens_per_second": rate}
         peak = peaks(self.device)
         if peak is not None:
-            mean_len = mean_length(lengths)
-            kind = {"frozen": model.lora is not None, "has_lm_head": hasattr(model, "lm_head")}
-            flops = model.config.training_flops_per_token(mean_len, **kind)
-            flops += beside * model.config.training_flops_per_token(mean_len) / 3
+            flops_of = partial(model.config.training_flops_per_token, mean_length(lengths))
+            logits = num_targets / sum(lengths)
+            flops = flops_of(frozen=model.lora is not None, logits=logits) + beside * flops_of(logits=logits) / 3
             metrics["mfu"] = rate * flops / (peak[0] * dist.get_world_size())
         return metrics
 
@@ -443,19 +444,6 @@ class Run:
         if failure := on_main(lambda: failure):
             fail(failure)
         say(f"{target}: {what} written; {size}")
-
-
-def files_of_export(start: Path, config: dict | None, json_changes: dict[str, dict]) -> dict:
-    """Returns what save_folder writes beside the weights of a model that began in the folder `start`; see Run.export.
-    Raises ValueError or OSError if the folder has lost its files since."""
-    changes, began = dict(json_changes), open_folder(start, frozen=True)
-    if config is None:
-        config, pad = folder_config(start), named_pad_token(began)
-        if pad is not None and pad.id < config["vocab_size"]:  # many folders' pad token has no embedding
-            config |= {} if config.get("pad_token_id") is None else {"pad_token_id": pad.id}
-            changes |= pad_changes(start, pad)
-        changes["generation_config.json"] = changes.get("generation_config.json", {}) | began.generation_changes()
-    return {"config": config, "copy_from": start, "json_changes": changes}
 
 
 # ------------------------------------------------------------------------------------------- flags

@@ -153,7 +153,8 @@ def main(args: DpoArgs) -> None:
 
         metrics = {**means, "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
         lengths = train.lengths[numbers].flatten().tolist()
-        finish(metrics | run.speed(model, lengths, beside=reference is not None))
+        num_targets = sum(row.num_targets for pair in batch for row in (pair.chosen, pair.rejected))
+        finish(metrics | run.speed(model, lengths, num_targets, beside=reference is not None))
 
     run.export(model)
 

@@ -164,7 +164,7 @@ def main(args: RmArgs) -> None:
 
         metrics = {"loss": loss.item(), **reward_metrics(args.loss, rewards, targets)}
         metrics.update(learning_rate=learning_rate, grad_norm=grad_norm.item())
-        metrics.update(run.speed(model, [len(ids) for row in batch for ids in row.sequences]))
+        metrics.update(run.speed(model, [len(ids) for row in batch for ids in row.sequences], 0))
         eval_rewards = finish(metrics)
 
     if eval_rewards is None:  # no --eval_file, or no step was taken

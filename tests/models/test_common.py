@@ -53,8 +53,9 @@ def test_flops_by_hand(tied):
     attention = 3 * 3 * (2 * 2 * 24 * 40 / 2)
     assert config.training_flops_per_token(40) == pytest.approx(6 * weights + attention)
     assert config.training_flops_per_token(40, frozen=True) == pytest.approx(4 * weights + attention)
-    body = config.training_flops_per_token(40, has_lm_head=False)
-    assert body == pytest.approx(6 * (weights - 100 * 8) + attention)
+    for share in (0.0, 0.25):
+        found = config.training_flops_per_token(40, logits=share)
+        assert found == pytest.approx(6 * (weights - (1 - share) * 100 * 8) + attention)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -218,7 +218,7 @@ def test_longest_operations():
 
 def test_update_of_ppo():
     """Catches a split whose parts are not the whole update, a rollout rate over other tokens than the engine's, FLOPs
-    of a critic's logits that nobody computes, and a folder of random weights that the script refuses."""
+    of logits that nobody computes (a critic's, a prompt's), and a folder of random weights that the script refuses."""
     sizes = ["--preset", "tiny", "--batch_size", 2, "--prompt_len", 8, "--new_tokens", 4, "--repeats", 1]
     result = tiny.run("scripts/benchmark.py", "ppo", "--device", "cpu", *sizes)
     assert result.code == 0, result.stderr
@@ -229,7 +229,7 @@ def test_update_of_ppo():
     whole = sum(found["seconds"].values())
     assert found["rollout_tokens_per_second"] * found["seconds"]["rollout"] == pytest.approx(8)  # no random EOS
     assert found["tokens_per_second"] * whole == pytest.approx(8)
-    flops = sum(SIZES["tiny"].training_flops_per_token(12, has_lm_head=has) for has in (True, False))
+    flops = sum(SIZES["tiny"].training_flops_per_token(12, logits=share) for share in (4 / 12, 0))
     assert found["flops_per_second"] * found["seconds"]["update"] == pytest.approx(2 * 12 * flops)
     assert found["rollout_ratio"] * found["engine_tokens_per_second"] == pytest.approx(
         found["rollout_tokens_per_second"]

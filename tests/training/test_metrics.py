@@ -92,16 +92,18 @@ MODELS = {  # transformers' class; our head; whether it has adapters
 @pytest.mark.parametrize("kind", MODELS)
 def test_mfu(kind, beside, folder, monkeypatch):
     """Catches the rate of all ranks divided by the peak of one, and FLOPs that are counted but not computed (gradients
-    of frozen weights, logits of a reward model). The oracle is torch's FLOP counter on transformers' model."""
+    of frozen weights, logits of a prompt or of a reward model). The oracle is torch's FLOP counter on transformers'
+    model, whose logits are those of the last 4 tokens."""
     made_by, head, adapted = MODELS[kind]
     theirs = made_by.from_pretrained(folder, pad_token_id=0)
     ids = torch.randint(3, 300, (4, 16), generator=torch.Generator().manual_seed(0))
+    kept = {"logits_to_keep": 4} if head == "lm" else {}
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        transformers.AutoModelForCausalLM.from_pretrained(folder)(ids)
+        theirs(ids, **kept)
     if adapted:
         theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=1, target_modules="all-linear"))
     with FlopCounterMode(display=False) as counter:
-        theirs(ids).logits.sum().backward()
+        theirs(ids, **kept).logits.sum().backward()
 
     config = ModelConfig.from_hf(folder)
     with torch.device("meta"):
@@ -112,7 +114,8 @@ def test_mfu(kind, beside, folder, monkeypatch):
     monkeypatch.setattr(run_dir, "peaks", lambda device: (1e9, 1e9))
     monkeypatch.setattr(run_dir.dist, "get_world_size", lambda: 8)
     run = types.SimpleNamespace(num_tokens=0, device=None, _watch=types.SimpleNamespace(lap=lambda: 2.0))
-    metrics = run_dir.Run.speed(run, ours, [16] * 4, beside=beside)
+    metrics = run_dir.Run.speed(run, ours, [16] * 4, 4 * 4 if kept else 0, beside=beside)
     flops = counter.get_total_flops() + beside * forward.get_total_flops()
     assert metrics["tokens_per_second"] == 4 * 16 / 2 and run.num_tokens == 4 * 16
-    assert metrics["mfu"] == pytest.approx(flops / 2 / (8 * 1e9), rel=0.06)
+    # with adapters, the first layer's q, k and v need no gradient of their input: 6 % of so small a model
+    assert metrics["mfu"] == pytest.approx(flops / 2 / (8 * 1e9), rel=0.07)

@@ -13,6 +13,7 @@ import torch
 # Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by words of the device's
 # name. Other devices print no MFU or MBU. An MI250X is two devices, each with half of the datasheet's values.
 PEAKS = {
+    "H200 NVL": (835e12, 4.8e12),
     "H200": (989e12, 4.8e12),
     "H100 PCIe": (756e12, 2.0e12),
     "H100 NVL": (835e12, 3.9e12),
@@ -56,7 +57,8 @@ def peaks(device: torch.device) -> tuple[float, float] | None:
     """Returns the peak (FLOP/s in bf16, bytes/s) of a known GPU, else None."""
     if device.type != "cuda":
         return None
-    name, other = torch.cuda.get_device_name(device), r"(?! (Ti|SUPER|D|Laptop)\b)"  # cards of their own
+    # cards of their own, and slices of one
+    name, other = torch.cuda.get_device_name(device), r"(?! (Ti|SUPER|D|Laptop)\b)(?!.*\bMIG\b)"
     return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b{other}", name)), None)
 
 

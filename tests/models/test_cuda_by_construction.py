@@ -165,9 +165,12 @@ def test_head_dims_that_have_no_kernel():
 
 def test_peaks(monkeypatch):
     """Catches a card taken for another whose name is a part of its own (GH200, of which some have an H100's memory),
-    and each of an MI250X's two devices measured against the peaks of both."""
+    and each of an MI250X's two devices, or a slice of a card, measured against the peaks of the whole."""
     for name, expected in (
         ("NVIDIA H200", (989e12, 4.8e12)),
+        ("NVIDIA H200 NVL", (835e12, 4.8e12)),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA H100 80GB HBM3", (989e12, 3.35e12)),
         ("NVIDIA H100 PCIe", (756e12, 2.0e12)),
         ("NVIDIA A100-SXM4-40GB", (312e12, 1.56e12)),

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from models.common import Bounds, flag, fraction, non_negative, positive
+from models.common import Bounds, flag, fraction, non_negative, positive, say
 from models.fsdp import sharded_part, sharding_meshes
 from models.gpu import compiles_for_cpu, has_triton
 from models.noise import column_hashes, noise_key, random_bits
@@ -70,9 +70,13 @@ def constant_rate(args: OptimArgs) -> bool:
 
 def check_optimizer(args) -> None:
     """Raises ValueError for 8-bit moments with --cpu_offload: the mesh's device, not the CPU, would hold their scales.
-    args: of a trainer, with ParallelArgs."""
+    Says if the weight decay is too weak for fp32. args: of a trainer, with ParallelArgs."""
     if args.optim == "adamw_8bit" and args.cpu_offload:
         raise ValueError("--optim adamw_8bit saves GPU memory, which --cpu_offload does already; take --optim adamw")
+    for name in ("learning_rate", "value_learning_rate"):
+        decay, rate = args.weight_decay, vars(args).get(name, 0.0)
+        if decay * rate and torch.tensor(1 - decay * rate, dtype=torch.float32) == 1:
+            say(f"--weight_decay {decay} at --{name} {rate} changes no weight: 1 - {decay} * {rate} is 1 in fp32")
 
 
 def make_optimizer(model: nn.Module, args: OptimArgs, *, seed: int = 0, compile: bool = False) -> torch.optim.Optimizer:

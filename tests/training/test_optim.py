@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests import tiny
 from training.checkpoints import CheckpointWriter, load_newest_checkpoint
 from training.optim import (
     OptimArgs,
+    check_optimizer,
     dequantize_blocks,
     dynamic_levels,
     make_optimizer,
@@ -199,6 +201,26 @@ def mixed_model(dtype: torch.dtype) -> nn.ModuleDict:
     torch.manual_seed(0)
     parts = {"big": nn.Linear(80, 64), "small": nn.Linear(8, 8), "norm": nn.RMSNorm(64)}
     return nn.ModuleDict(parts).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("rate", "decay", "works"), [(1e-6, 0.01, False), (2.0**-20, 2.0**-5, False), (1e-6, 0.1, True), (1e-6, 0.0, None)]
+)
+def test_decay_too_weak_for_fp32(rate, decay, works, capsys):
+    """Catches a weight decay that does nothing without a word, and a warning of one that works, or that is not asked
+    for. A step without gradients shows which it is."""
+    args = OptimArgs(learning_rate=rate, weight_decay=decay)
+    check_optimizer(SimpleNamespace(**vars(args), value_learning_rate=1e-3, cpu_offload=False))
+    why = f"changes no weight: 1 - {decay} * {rate} is 1 in fp32\n"
+    wanted = f"--weight_decay {decay} at --learning_rate {rate} {why}" if works is False else ""
+    assert capsys.readouterr().out == wanted
+    for optim in ("adamw", "adamw_8bit"):
+        model = mixed_model(torch.float32)
+        before, optimizer = model.big.weight.detach().clone(), make_optimizer(model, replace(args, optim=optim))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        assert torch.equal(model.big.weight, before) == (not works)
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])

@@ -47,7 +47,7 @@ def make_engine(
     in memory. A collective."""
     stop_ids, stop = args.stops(folder.tokenizer, folder.eos_token_ids)
     model, share = copy_for_inference(policy, pack=can_pack(runtime)), -(-args.rollout_batch_size // dp_size)
-    num_slots, num_pages = args.rollout_slots or min(128, share), None
+    num_slots, num_pages = min(args.rollout_slots or 128, share), None
     if runtime.device.type == "cuda":
         num_slots, num_pages, *_ = plan_cache(
             model,

@@ -60,7 +60,7 @@ def test_slots_on_a_cpu(folder):
     """Catches more or fewer slots than the 128 of --rollout_slots' help, or than a rank's answers, and a number that is
     not taken."""
     paths = {"checkpoint_path": folder, "prompt_file": Path("p"), "output_dir": Path("o")}
-    for num_answers, slots, wanted in ((512, None, 128), (24, None, 12), (512, 200, 200)):
+    for num_answers, slots, wanted in ((512, None, 128), (24, None, 12), (512, 200, 200), (24, 200, 12)):
         args = GrpoArgs(**paths, rollout_batch_size=num_answers, rollout_slots=slots)
         options = {"max_seq_len": 64, "dp_size": 2, "runtime": ON_CPU}
         engine = rollouts.make_engine(load_model(folder), open_folder(folder), args, **options)

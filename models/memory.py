@@ -54,13 +54,14 @@ def plan_cache(
     prefill_tokens: int,
     reserved: int = 0,
     compile: bool = False,
+    advice: str = "shorten --max_seq_len, --max_new_tokens or --prefill_tokens",
 ) -> CachePlan:
     """Plans the rows and pages of an inference copy that is in memory. A collective of the tensor-parallel ranks.
 
     num_slots: None for as many as memory holds if sequences have usual_tokens; if pages run out all the same, the
     engine preempts samples and prefills them again. known_tokens, most_tokens: the length of the longest known
     sequence, and of the longest possible one. reserved: bytes of the free memory that are for other uses. compile:
-    whether the engine is compiled. Raises ValueError if the longest known sequence does not fit.
+    whether the engine is compiled. Raises ValueError, with the advice, if the longest known sequence does not fit.
     """
     device, tp, config = model.embed_tokens.weight.device, model.parallel.tp, model.config
     size = model.dtype.itemsize
@@ -88,8 +89,9 @@ def plan_cache(
     if fitting < pages_for(known_tokens):
         raise ValueError(
             f"the KV cache of one sequence of {known_tokens} tokens, {pages_for(known_tokens) * of_page / 1e9:.1f} GB, "
-            f"does not fit into the {free / 1e9:.1f} GB of memory that are free, beside {beside / 1e9:.1f} GB for the "
-            "computation; shorten --max_seq_len, --max_new_tokens or --prefill_tokens"
+            f"does not fit into the {free / 1e9:.1f} GB of memory that are "
+            f"{'left for it beside training' if reserved else 'free'}, beside {beside / 1e9:.1f} GB for the "
+            f"computation; {advice}"
         )
     most_tokens = max(known_tokens, min(most_tokens, fitting * PAGE))
     slots = max(1, min(most_slots, fitting // pages_for(usual_tokens)) if num_slots is None else most_slots)

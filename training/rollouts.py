@@ -49,6 +49,7 @@ def make_engine(
     model, share = copy_for_inference(policy, pack=can_pack(runtime)), -(-args.rollout_batch_size // dp_size)
     num_slots, num_pages = min(args.rollout_slots or 128, share), None
     if runtime.device.type == "cuda":
+        advice = "lower --max_prompt_len, --max_new_tokens or --prefill_tokens"
         num_slots, num_pages, *_ = plan_cache(
             model,
             num_slots=args.rollout_slots,
@@ -58,6 +59,7 @@ def make_engine(
             most_tokens=max_seq_len,
             prefill_tokens=args.prefill_tokens,
             reserved=0 if args.sleep else memory_of_training([policy, critic], free_memory(runtime.device)),
+            advice=advice if args.sleep else f"give --sleep 1, or {advice}",
         )
     return Engine(
         model,

@@ -44,16 +44,19 @@ def engine_of(folder, pages, monkeypatch, **flags):
 
 def test_slots_are_what_memory_holds(folder, monkeypatch):
     """Catches more slots than answers or than pages for them, a cache that takes the memory of gradients and
-    activations without releasing it, requested slots that are reduced, memory too small for one answer, and
-    --prefill_tokens that do not reach the engine."""
+    activations without releasing it, requested slots that are reduced, memory too small for one answer, advice to
+    use flags that train_ppo.py and train_grpo.py lack, and --prefill_tokens that do not reach the engine."""
     need = pages_for(LONGEST)
     assert engine_of(folder, 1000, monkeypatch, sleep=1) == (ANSWERS, ANSWERS * need)
     assert engine_of(folder, 5 * need, monkeypatch, sleep=1) == (5, 5 * need)
     slots, pages = engine_of(folder, 15 * need, monkeypatch)
     assert slots == pages // need < 7  # half of what is free at most
     assert engine_of(folder, 5 * need, monkeypatch, sleep=2, rollout_slots=8) == (8, 5 * need)  # some are preempted
-    with pytest.raises(ValueError, match="does not fit"):
+    flags = "lower --max_prompt_len, --max_new_tokens or --prefill_tokens$"
+    with pytest.raises(ValueError, match=rf"does not fit into .* that are free, beside .* computation; {flags}"):
         engine_of(folder, need - 1, monkeypatch, sleep=1)
+    with pytest.raises(ValueError, match=rf"are left for it beside training, .*; give --sleep 1, or {flags}"):
+        engine_of(folder, need - 1, monkeypatch)
 
 
 def test_slots_on_a_cpu(folder):

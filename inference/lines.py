@@ -165,8 +165,8 @@ class LineWriter:
                 self.file.write(encode_line(line))
                 self.file.flush()
             elif self.active:
-                with in_turn(self.turn), open(self.output_file, "ab") as file:  # opening makes NFS see the current end
-                    file.write(encode_line(line))
+                with in_turn(self.turn):
+                    _append(self.output_file, encode_line(line))
 
     def __enter__(self) -> "LineWriter":
         on_main(self._begin)
@@ -198,6 +198,18 @@ class LineWriter:
         if is_main_rank():
             self.lock_file.unlink()
             self.lock.close()
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Appends the whole line or, on a full disk, nothing: another rank's line would go on from a part of it."""
+    with open(path, "ab", buffering=0) as file:  # opening makes NFS see the current end
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except BaseException:
+            file.truncate(size)
+            raise
 
 
 def _several_ranks() -> bool:

@@ -1,10 +1,13 @@
 """inference/generate.py --resume: after kills, with other flags, prompts or models, and lines of several ranks."""
 
+import contextlib
 import itertools
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 import time
 from functools import partial
 from unittest import mock
@@ -88,7 +91,8 @@ def test_a_line_is_on_disk_at_once(tmp_path):
 
 def test_ranks_take_turns(tmp_path):
     """Catches mixed lines of several ranks on a file system without locks; a rank that waits forever for one that was
-    killed during its turn, or appends to the torn line it left; and a turn that still blocks the next run."""
+    killed during its turn, or appends to the torn line it left; a part of a line that a full disk leaves before another
+    rank's; and a turn that still blocks the next run."""
     out = tmp_path / "out.jsonl"
     writer = LineWriter(out, {}, active=True, num_lines=0)
 
@@ -100,6 +104,16 @@ def test_ranks_take_turns(tmp_path):
     children = [fork(partial(write_all, rank)) for rank in range(4)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert {(line["rank"], line["i"]) for line in tiny.read_lines(out)} == set(itertools.product(range(4), range(50)))
+    size = out.stat().st_size
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, size + 100))
+        with mock.patch.object(lines, "_several_ranks", lambda: True), contextlib.suppress(Exception):
+            writer.write({"text": "x" * 20_000})
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0 and out.stat().st_size == size
     assert not list(tmp_path.glob(".*"))
     writer.turn.touch()
     with (

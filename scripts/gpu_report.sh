@@ -4,7 +4,7 @@
 # installs nothing, needs no network. Arguments are passed to scripts/gpu_report.py:
 #     bash scripts/gpu_report.sh --minutes 8 --sections right decode
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 pythons=(${PYTHON:-python3 .venv/bin/python}) # PYTHON may name several, or one with spaces in its path
 if command -v "${PYTHON:-}" >/dev/null; then pythons=("$PYTHON"); fi
 for python in "${pythons[@]}"; do

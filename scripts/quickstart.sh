@@ -5,7 +5,7 @@
 #     bash scripts/quickstart.sh            one seed
 #     bash scripts/quickstart.sh 0 1 2      three seeds, in runs/toy, runs/toy-1, runs/toy-2; reports mean and deviation
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 seeds=("${@:-0}")
 python=.venv/bin/python

@@ -2,7 +2,7 @@
 # Runs all checks: makes .venv if there is none, installs packages, lints, runs the tests with one process per core, at
 # most four. Arguments are passed to pytest.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/venv.sh
 # --no-compile saves time: most modules of the packages are never imported, and the others are compiled on import.

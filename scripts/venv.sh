@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with python3, or the interpreter in PYTHON, for quickstart.sh and test.sh, unless it exists already.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3} there= clear=--clear # a .venv whose python does not run belongs to a Python that is gone
 if .venv/bin/python -c '' 2>/dev/null; then python=.venv/bin/python there=yes clear=; fi

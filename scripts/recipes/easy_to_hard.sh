@@ -6,7 +6,7 @@
 # (prompt, completions, labels: PRM800K's steps of easy problems), hard.jsonl (prompt, answer) and held_out.jsonl.
 # Expected: not yet run on GPUs. The paper's 7B model, trained from Llemma, reaches 34.0 % on MATH500 with PPO.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${1:?DATA_FOLDER is missing}
 model=${2:-deepseek-ai/deepseek-math-7b-base} out=${3:-runs/easy-to-hard} python=${PYTHON:-.venv/bin/python}
 run() { "$python" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-8}" "$@"; }
@@ -14,20 +14,23 @@ for part in sft steps hard held_out; do
     [ -f "$data/$part.jsonl" ] || { echo "$data/$part.jsonl is missing" >&2; exit 2; }
 done
 if [ ! -d "$model" ]; then
-    "$python" scripts/download.py "$model"
-    model=checkpoints/$model
+    there=checkpoints/$model # from an earlier run, unless its download was interrupted
+    if [ ! -f "$there/config.json" ] || compgen -G "$there/.cache/huggingface/download/*.incomplete" >/dev/null; then
+        "$python" scripts/download.py "$model"
+    fi
+    model=$there
 fi
-run training/finetune_sft.py --checkpoint_path "$model" --output_dir "$out/sft" --train_file "$data/sft.jsonl" \
-    --pack --max_seq_len 1024 --batch_size 64 --num_epochs 3 --learning_rate 2e-5
-run training/train_rm.py --loss process --checkpoint_path "$out/sft" --output_dir "$out/prm" \
+run training/finetune_sft.py --resume --checkpoint_path "$model" --output_dir "$out/sft" \
+    --train_file "$data/sft.jsonl" --pack --max_seq_len 1024 --batch_size 64 --num_epochs 3 --learning_rate 2e-5
+run training/train_rm.py --resume --loss process --checkpoint_path "$out/sft" --output_dir "$out/prm" \
     --train_file "$data/steps.jsonl" --max_tokens_per_micro_batch 16384 --batch_size 128 --learning_rate 2e-6
-run inference/generate.py --checkpoint_path "$out/sft" --prompt_file "$data/held_out.jsonl" --num_samples 64 \
+run inference/generate.py --resume --checkpoint_path "$out/sft" --prompt_file "$data/held_out.jsonl" --num_samples 64 \
     --temperature 0.7 --max_new_tokens 768 --batch_size 256 --output_file "$out/samples.jsonl"
-run inference/score.py --checkpoint_path "$out/prm" --data_file "$out/samples.jsonl" --output_file "$out/best.jsonl" \
-    --best_of_n --aggregate prod
-"$python" inference/score.py --data_file "$out/best.jsonl" --output_file "$out/best.graded.jsonl" \
+run inference/score.py --resume --checkpoint_path "$out/prm" --data_file "$out/samples.jsonl" \
+    --output_file "$out/best.jsonl" --best_of_n --aggregate prod
+"$python" inference/score.py --resume --data_file "$out/best.jsonl" --output_file "$out/best.graded.jsonl" \
     --grader training/graders.py:math_answer --pass_at 1
-run training/train_ppo.py --checkpoint_path "$out/sft" --output_dir "$out/ppo" --prompt_file "$data/hard.jsonl" \
+run training/train_ppo.py --resume --checkpoint_path "$out/sft" --output_dir "$out/ppo" --prompt_file "$data/hard.jsonl" \
     --eval_prompt_file "$data/held_out.jsonl" --eval_steps 10 --reward_checkpoint_path "$out/prm" --process_reward steps \
     --value_checkpoint_path "$out/prm" --reward_fn training/graders.py:math_answer --missing_eos_penalty 1 \
     --kl_coef 0.01 --rollout_batch_size 512 --minibatch_size 128 --ppo_epochs 2 --max_new_tokens 768 \

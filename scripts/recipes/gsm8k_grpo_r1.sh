@@ -4,7 +4,7 @@
 # Answers have up to 4,096 tokens, the last 1,024 of which cost reward (DAPO's soft overlong punishment); truncated
 # answers are not learnt; groups that are all right or all wrong are resampled. Expected: not yet run on a GPU.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${1:?GSM8K_FOLDER is missing}
 model=${2:-deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B} out=${3:-runs/gsm8k-grpo-r1} python=${PYTHON:-.venv/bin/python}
 mkdir -p "$out"
@@ -13,11 +13,14 @@ for part in train test; do
         --output_file "$out/$part.jsonl" --max_records "${RECORDS:-10000}"
 done
 if [ ! -d "$model" ]; then
-    "$python" scripts/download.py "$model"
-    model=checkpoints/$model
+    there=checkpoints/$model # from an earlier run, unless its download was interrupted
+    if [ ! -f "$there/config.json" ] || compgen -G "$there/.cache/huggingface/download/*.incomplete" >/dev/null; then
+        "$python" scripts/download.py "$model"
+    fi
+    model=$there
 fi
 head -n 256 "$out/test.jsonl" >"$out/held_out.jsonl"
-"$python" training/train_grpo.py --checkpoint_path "$model" --output_dir "$out/policy" \
+"$python" training/train_grpo.py --resume --checkpoint_path "$model" --output_dir "$out/policy" \
     --prompt_file "$out/train.jsonl" --eval_prompt_file "$out/held_out.jsonl" --eval_steps 20 \
     --reward_fn training/graders.py:math_answer --loss_type dapo --epsilon_high 0.28 --num_generations 8 \
     --max_resamples 2 --mask_truncated_completions --soft_punish_cache "${CACHE:-1024}" --temperature 0.6 --tis_cap 2 \
@@ -25,7 +28,7 @@ head -n 256 "$out/test.jsonl" >"$out/held_out.jsonl"
     --activation_checkpointing full --optim adamw_8bit \
     --learning_rate 1e-6 --lr_schedule constant --warmup_ratio 0 --total_steps "${STEPS:-200}" ${MORE:-}
 
-"$python" inference/generate.py --checkpoint_path "$out/policy" --prompt_file "$out/test.jsonl" --temperature 0.6 \
-    --num_samples 4 --max_new_tokens "${TOKENS:-4096}" --output_file "$out/answers.jsonl"
-"$python" inference/score.py --data_file "$out/answers.jsonl" --output_file "$out/graded.jsonl" \
+"$python" inference/generate.py --resume --checkpoint_path "$out/policy" --prompt_file "$out/test.jsonl" \
+    --temperature 0.6 --num_samples 4 --max_new_tokens "${TOKENS:-4096}" --output_file "$out/answers.jsonl"
+"$python" inference/score.py --resume --data_file "$out/answers.jsonl" --output_file "$out/graded.jsonl" \
     --grader training/graders.py:math_answer --pass_at 1 4

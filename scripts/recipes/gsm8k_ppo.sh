@@ -3,7 +3,7 @@
 #     bash scripts/recipes/gsm8k_ppo.sh GSM8K_FOLDER [MODEL] [OUT]
 # Expected: not yet run on GPUs. A published run of this size (verl's baselines) solves 69.5 to 70.5 % of the test set.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${1:?GSM8K_FOLDER is missing}
 model=${2:-deepseek-ai/deepseek-llm-7b-chat} out=${3:-runs/gsm8k-ppo} python=${PYTHON:-.venv/bin/python}
 
@@ -13,11 +13,14 @@ for part in train test; do
         --output_file "$out/$part.jsonl" --max_records "${RECORDS:-10000}"
 done
 if [ ! -d "$model" ]; then
-    "$python" scripts/download.py "$model"
-    model=checkpoints/$model
+    there=checkpoints/$model # from an earlier run, unless its download was interrupted
+    if [ ! -f "$there/config.json" ] || compgen -G "$there/.cache/huggingface/download/*.incomplete" >/dev/null; then
+        "$python" scripts/download.py "$model"
+    fi
+    model=$there
 fi
 
-"$python" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-8}" training/train_ppo.py \
+"$python" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-8}" training/train_ppo.py --resume \
     --checkpoint_path "$model" --output_dir "$out/policy" \
     --prompt_file "$out/train.jsonl" --eval_prompt_file "$out/test.jsonl" --eval_steps 10 \
     --reward_fn training/graders.py:math_answer --kl_coef 0.001 --whiten_rewards --missing_eos_penalty 0.5 \

@@ -7,7 +7,7 @@
 # to a folder with links to the weights.
 # Expected: not yet run on GPUs.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${1:?DATA_FOLDER is missing}
 model=${2:-meta-llama/Llama-3.1-8B} out=${3:-runs/llama-sft-dpo} python=${PYTHON:-.venv/bin/python}
 run() { "$python" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-8}" "$@"; }
@@ -15,8 +15,11 @@ for part in chats chats.eval pairs pairs.eval; do
     [ -f "$data/$part.jsonl" ] || { echo "$data/$part.jsonl is missing" >&2; exit 2; }
 done
 if [ ! -d "$model" ]; then
-    "$python" scripts/download.py "$model"
-    model=checkpoints/$model
+    there=checkpoints/$model # from an earlier run, unless its download was interrupted
+    if [ ! -f "$there/config.json" ] || compgen -G "$there/.cache/huggingface/download/*.incomplete" >/dev/null; then
+        "$python" scripts/download.py "$model"
+    fi
+    model=$there
 fi
 if [ -n "${TEMPLATE:-}" ]; then
     mkdir -p "$out/base"
@@ -28,9 +31,10 @@ if [ -n "${TEMPLATE:-}" ]; then
     model=$out/base
 fi
 
-run training/finetune_sft.py --checkpoint_path "$model" --output_dir "$out/sft" --train_file "$data/chats.jsonl" \
-    --eval_file "$data/chats.eval.jsonl" --eval_steps 100 --pack --max_seq_len 4096 --overlong truncate --batch_size 128 \
-    --micro_batch_size 2 --activation_checkpointing selective --num_epochs 1 --learning_rate 1e-5
-run training/train_dpo.py --checkpoint_path "$out/sft" --output_dir "$out/dpo" --train_file "$data/pairs.jsonl" \
+run training/finetune_sft.py --resume --checkpoint_path "$model" --output_dir "$out/sft" \
+    --train_file "$data/chats.jsonl" --eval_file "$data/chats.eval.jsonl" --eval_steps 100 --pack \
+    --max_seq_len 4096 --overlong truncate --batch_size 128 --micro_batch_size 2 \
+    --activation_checkpointing selective --num_epochs 1 --learning_rate 1e-5
+run training/train_dpo.py --resume --checkpoint_path "$out/sft" --output_dir "$out/dpo" --train_file "$data/pairs.jsonl" \
     --eval_file "$data/pairs.eval.jsonl" --eval_steps 50 --beta 0.1 --max_seq_len 2048 --overlong skip --batch_size 128 \
     --max_tokens_per_micro_batch 16384 --activation_checkpointing selective --num_epochs 1 --learning_rate 5e-7

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -17,6 +18,7 @@ DATA = ("sft", "steps", "hard", "held_out", "chats", "chats.eval", "pairs", "pai
 # logs its words, and writes the files that recipes look for: a --output_file, and the config.json of an
 # --output_dir (or another EXPORT, or none)
 PYTHON = r"""#!/bin/sh
+[ -f scripts/recipes/slurm.sh ] || exit 9 # it runs in another folder
 printf "%s\037" "$@" >>"$LOG"
 echo >>"$LOG"
 before=
@@ -35,8 +37,8 @@ STUBS = {
 }
 
 
-def run(recipe, tmp_path, *arguments, **environment):
-    """Runs a recipe; returns its process and the words of each of its commands."""
+def run(recipe, tmp_path, *arguments, root=tiny.ROOT, **environment):
+    """Runs a recipe of the repository in `root`; returns its process and the words of each of its commands."""
     for name, text in STUBS.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -44,16 +46,19 @@ def run(recipe, tmp_path, *arguments, **environment):
         (tmp_path / name).touch()
     environment |= {"PYTHON": tmp_path / "python", "LOG": tmp_path / "log", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     environment |= {"SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "first", "SLURM_JOB_ID": 1}
-    command = ["bash", tiny.ROOT / "scripts/recipes" / recipe, *arguments]
+    environment["CDPATH"] = tmp_path / "cdpath"  # has such a folder, too
+    (tmp_path / "cdpath/scripts/recipes").mkdir(parents=True, exist_ok=True)
+    command = ["bash", f"scripts/recipes/{recipe}", *arguments]
     given = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-    done = subprocess.run(command, env=given, cwd=tiny.ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, env=given, cwd=root, capture_output=True, text=True)
     return done, [line.split("\037")[:-1] for line in (tmp_path / "log").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_commands(recipe, tmp_path, monkeypatch):
-    """Catches a renamed flag, a value that a flag does not take, batches that do not divide over the ranks, and a
-    recipe that says nothing of an argument or a file that is missing."""
+    """Catches a renamed flag, a value that a flag does not take, batches that do not divide over the ranks, a stage
+    that cannot be run again after a later one failed, a recipe that an exported CDPATH leads elsewhere, and one that
+    says nothing of an argument or a file that is missing."""
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     out.mkdir()
@@ -64,6 +69,7 @@ def test_commands(recipe, tmp_path, monkeypatch):
         start = next(i for i, word in enumerate(words) if word.endswith(".py"))
         script, flags = words[start], words[start + 1 :]
         args = parse_args(tiny.args_of(importlib.import_module(script[:-3].replace("/", ".")), flags), flags)
+        assert getattr(args, "resume", True), script
         ranks = int(words[words.index("--nproc-per-node") + 1]) if start else 1
         monkeypatch.setenv("WORLD_SIZE", str(ranks * (2 if recipe == "slurm.sh" else 1)))
         if hasattr(args, "rollout_batch_size"):
@@ -76,6 +82,24 @@ def test_commands(recipe, tmp_path, monkeypatch):
         (tmp_path / "log").unlink()
         done, commands = run(recipe, tmp_path / "model", tmp_path / "nowhere", tmp_path / "more", tmp_path / "other")
         assert not commands or not commands[0][0].endswith("download.py"), commands
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "slurm.sh"])
+def test_a_model_is_downloaded_once(recipe, tmp_path):
+    """Catches a rerun that asks the Hub for the model again, and fails on a node without network, and one that takes an
+    interrupted download for a model."""
+    root, name = tmp_path / "repository", "org/name"
+    shutil.copytree(tiny.ROOT / "scripts/recipes", root / "scripts/recipes")
+    folder = root / "checkpoints" / name
+    incomplete = folder / ".cache/huggingface/download/model.safetensors.0a1b.incomplete"
+    for path, downloads in ((folder / "tokenizer.json", 1), (folder / "config.json", 0), (incomplete, 1)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        (tmp_path / "log").unlink(missing_ok=True)
+        done, commands = run(recipe, tmp_path, tmp_path, name, tmp_path / "out", root=root)
+        assert done.returncode == 0, done.stderr
+        assert commands.count(["scripts/download.py", name]) == downloads
+        assert any(f"checkpoints/{name}" in words for words in commands)
 
 
 def test_what_a_finished_job_leaves(tmp_path):
@@ -131,3 +155,10 @@ def test_scores_of_what_was_trained(recipe, tmp_path):
             score.check_flags(args)
             if args.checkpoint_path is not None:
                 score.check_kind(args, kinds[str(args.checkpoint_path)])
+
+
+def test_scripts_stay_in_the_repository():
+    """Catches a shell script that an exported CDPATH leads to another folder."""
+    for path in (tiny.ROOT / "scripts").rglob("*.sh"):
+        for line in path.read_text().splitlines():
+            assert not line.startswith('cd "$(dirname'), path

@@ -27,17 +27,17 @@ SHOWN = (
 
 def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Returns {metric: [(step, value), ...]} of a run directory or a metrics.jsonl; its last line may be torn, after a
-    kill or on a full disk. Raises FileNotFoundError, or ValueError that names the line."""
+    kill or on a full disk. {} for a run that has not logged yet. Raises FileNotFoundError, or ValueError that names the
+    line."""
     path = run / "metrics.jsonl" if run.is_dir() else run
-    if not path.is_file():
+    begun = path.name == "metrics.jsonl" and path.with_name("args.json").is_file()
+    if not path.is_file() and not begun:
         raise FileNotFoundError(f"{path}: no such file")
     series: dict[str, list[tuple[int, float]]] = {}
     for line, _ in logged(path):
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 series.setdefault(name, []).append((line["step"], float(value)))
-    if not series:
-        raise ValueError(f"{path}: holds no metrics")
     return series
 
 
@@ -77,7 +77,13 @@ def main(args: PlotArgs) -> None:
 
     if output_file.suffix.lower() != ".png":
         raise ValueError(f"--output_file {output_file}: must end in .png")
-    series, labels = [read_metrics(run) for run in runs], labels_of(runs)
+    found = [(run, read_metrics(run)) for run in runs]
+    if not any(curves for _, curves in found):
+        raise ValueError(f"{runs[0]}: holds no metrics")
+    for run in (run for run, curves in found if not curves):
+        print(f"{run}: holds no metrics yet, and is left out", file=sys.stderr)
+    runs, series = zip(*((run, curves) for run, curves in found if curves))
+    labels = labels_of(runs)
     known = {name for curves in series for name in curves}
     for name in metrics or ():
         if name not in known:

@@ -81,6 +81,16 @@ def test_many_runs(tmp_path, legend):
     assert names == [run.name for run in runs] and 0 <= left < right <= 1
 
 
+def test_runs_that_have_not_logged(runs, tmp_path, legend):
+    """Catches a picture of several runs that fails, or is wrong, because one of them has just begun."""
+    early, begun = write_run(tmp_path / "early", []), tmp_path / "begun"
+    begun.mkdir()
+    (begun / "args.json").write_text("{}")
+    result = tiny.run("scripts/plot_metrics.py", early, *runs, begun, "--output_file", tmp_path / "curves.png")
+    assert result.code == 0 and legend[0] == ["a", "b"], result.stderr
+    assert result.stderr.splitlines() == [f"{run}: holds no metrics yet, and is left out" for run in (early, begun)]
+
+
 def test_refusals(runs, tmp_path):
     """Catches tracebacks, and messages that do not say what is wrong."""
     out = ("--output_file", tmp_path / "x.png")
@@ -90,7 +100,7 @@ def test_refusals(runs, tmp_path):
     for args, word in (
         ((tmp_path / "none", *out), "none"),
         ((tmp_path / "bad", *out), "metrics.jsonl:2"),
-        ((tmp_path / "early", *out), "metrics.jsonl: holds no metrics"),
+        ((tmp_path / "early", *out), f"{tmp_path / 'early'}: holds no metrics"),
         ((runs[0], "--metrics", "loss", "lost", *out), "lost"),
         ((runs[0], "--output_file", tmp_path / "x.pdf"), "x.pdf"),
         ((runs[0], "--window", 0, *out), "--window"),

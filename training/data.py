@@ -171,6 +171,19 @@ def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, En
 
 # ------------------------------------------------------------------------------- order and batches
 
+# Flags that determine which records a step takes, and those that do where records are packed or left out by length.
+ORDER = {"batch_size", "rollout_batch_size", "train_file", "prompt_file", "seed", "shuffle", "pack", "overlong"}
+LENGTHS = {"max_seq_len", "max_prompt_len", "max_new_tokens", "step_separator", "checkpoint_path", "chat_date"}
+
+
+def order_flags(args) -> set[str]:
+    """Returns the flags that determine which records a step takes. args: of any trainer."""
+    flags = vars(args)
+    by_length = flags.get("pack") or flags["overlong"] == "skip"
+    by_length |= flags["overlong"] == "truncate" and "train_file" in flags  # an answer of which nothing is left
+    unused = {"max_new_tokens"} if flags.get("max_prompt_len") else set()
+    return ORDER | (LENGTHS - unused) if by_length else ORDER
+
 
 def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool) -> list[int]:
     """Returns the order of the rows in an epoch: a pure function of its arguments."""

@@ -52,15 +52,13 @@ from models.model import Transformer
 from models.shared import check_free, check_shared, check_writable, hold
 from models.tokenizer import chat_day
 from training.checkpoints import CheckpointWriter, all_fit, check_checkpoints_are_there, load_newest_checkpoint
+from training.data import ORDER, order_flags
 from training.metrics import UNFINISHED, Metrics, check_installed, logged, read_unfinished
 from training.stop import Stop, any_rank, drop_what_nobody_reads
 
 # Time between checkpoints without --save_steps. Not a number of steps, since a step takes from milliseconds to minutes:
 # whatever the model, a failure costs at most 15 minutes, and writing a 7B model's 80 GB takes under 5 % of that time.
 SAVE_SECONDS = 15 * 60
-# Flags that determine which records a step takes.
-ORDER = {"batch_size", "rollout_batch_size", "train_file", "prompt_file", "seed", "shuffle"}
-ORDER |= {"pack", "overlong", "max_seq_len"}
 Batches = Iterator[tuple[int, list[int]]]  # (step, indices of its records)
 CHANGED_AFTER = "changed_after_step"  # in args.json: {flag changed with --accept_changed: step of the checkpoint then}
 
@@ -149,12 +147,12 @@ class Run:
         *,
         total_steps: int,
         device: torch.device,
-        order: set[str] = ORDER,
+        order: set[str] | None = None,
     ) -> None:
         """With --resume restores model and optimizer (or a list of optimizers) from the newest checkpoint, except for
         settings such as the learning rate, which come from the flags. Writes args.json. order: the flags that determine
-        which records a step takes. Raises ValueError if the run has already taken more than total_steps. A
-        collective."""
+        which records a step takes; default: order_flags. Raises ValueError if the run has already taken more than
+        total_steps. A collective."""
         args = self.args
         on_main(self._take_output_dir)
         done = load_newest_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
@@ -164,8 +162,9 @@ class Run:
         if changed_after:  # kept until there is a later checkpoint: the next --resume starts from this one, too
             self._begun_with[CHANGED_AFTER] = changed_after
         self.changed = frozenset(name for name, step in changed_after.items() if step >= done)
-        for name in sorted(self.changed & order) if done else ():
-            say(f"--{name} changed which records a step takes: some of this epoch are repeated or left out")
+        for name in sorted(self.changed & (order or order_flags(args))) if done else ():
+            how = "changed" if name in ORDER else "may have changed"
+            say(f"--{name} {how} which records a step takes: some of this epoch are repeated or left out")
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
         self.step, self.numbers, self._unit, self._bar = done, [], "step", None
         self.unfinished, self.interrupted = on_main(lambda: read_unfinished(args.output_dir, done, total_steps))

@@ -55,6 +55,7 @@ from models.records import Example, Split
 from models.resting import resting
 from models.shared_base import as_reference
 from models.transfer import index_on
+from training.data import order_flags
 from training.divergence import Divergence, DivergenceArgs
 from training.frozen import ReferenceArgs, check_rl_flags, open_frozen
 from training.grpo_losses import (
@@ -82,7 +83,7 @@ from training.rollouts import (
     pass_rates,
     rows_at,
 )
-from training.run_dir import ORDER, Run, RunArgs
+from training.run_dir import Run, RunArgs
 from training.samples import SampleLog
 
 
@@ -128,7 +129,7 @@ def main(args: GrpoArgs) -> None:
     trained = nn.ModuleDict({"policy": policy})  # one checkpoint holds the policy and two counters
     for name in ("num_prompts", "num_tokens"):
         trained.register_buffer(name, torch.zeros((), dtype=torch.int64))
-    order = ORDER - {"rollout_batch_size"}  # of any size, an update goes on after num_prompts
+    order = order_flags(args) - {"rollout_batch_size"}  # of any size, an update goes on after num_prompts
     run.begin(trained, optimizer, total_steps=args.total_steps, device=runtime.device, order=order)
     if run.first_step > 1 and "reward_fn" not in run.changed:  # without grades no update is completed
         scorer.graded.update(scorer.pooled)

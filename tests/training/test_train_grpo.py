@@ -16,9 +16,13 @@ from tests import tiny
 from tests.forked import Forked
 from tests.training.optimum import LETTERS, write_letters
 from training import samples, train_grpo
-from training.data import epoch_order
+from training.data import ORDER, epoch_order, order_flags
+from training.finetune_sft import SftArgs
 from training.grpo_losses import LOSS_TYPES, group_advantages, group_spread, leave_one_out_advantages
 from training.metrics import Metrics
+from training.train_dpo import DpoArgs
+from training.train_grpo import GrpoArgs
+from training.train_rm import RmArgs
 
 SCRIPT = "training/train_grpo.py"
 REWARDS = """
@@ -383,6 +387,26 @@ def test_stop_and_resume(whole, world, tmp_path, monkeypatch):
     assert result.code == 0 and "some of this epoch are repeated" not in result.stdout
     grpo(world, out, **run, resume=True)
     assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize(
+    "Trainer, settings, named",
+    [
+        (SftArgs, {"pack": True}, {"checkpoint_path", "chat_date", "max_seq_len"}),
+        (SftArgs, {"overlong": "skip"}, {"checkpoint_path", "chat_date", "max_seq_len"}),
+        (DpoArgs, {"overlong": "truncate"}, {"checkpoint_path", "chat_date", "max_seq_len"}),
+        (GrpoArgs, {"overlong": "skip"}, {"checkpoint_path", "chat_date", "max_prompt_len", "max_new_tokens"}),
+        (GrpoArgs, {"overlong": "skip", "max_prompt_len": 9}, {"checkpoint_path", "chat_date", "max_prompt_len"}),
+        (GrpoArgs, {"overlong": "truncate"}, set()),
+        (RmArgs, {}, set()),
+    ],
+)
+def test_flags_that_change_the_order(Trainer, settings, named, tmp_path):
+    """Catches a resumed run that repeats or leaves out records without a word, since an accepted flag changes how long
+    records are or may be; and a word where that changes none of the records."""
+    data = {"prompt_file" if Trainer is GrpoArgs else "train_file": tmp_path / "a"}
+    args = Trainer(checkpoint_path=tmp_path / "in", output_dir=tmp_path, **data, **settings)
+    assert (order_flags(args) - ORDER) & vars(args).keys() == named
 
 
 # ---------------------------------------------------------------------------------------- bad input

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from inference.choosing import group_of
-from inference.lines import LineWriter, begin, day_of, day_told, lines_of
+from inference.lines import LineWriter, begin, day_of, day_told, lines_of, with_room_for
 from models.chats import content_of, read_chat
 from models.checkpoint import has_score_head
 from models.checksums import check_files
@@ -55,7 +55,7 @@ def grade_file(args) -> None:
         tokenizer = Tokenizer(args.checkpoint_path, today)
     begun = begin(args.output_file, args)
     grader = undisturbed()(load_grader)("--grader", args.grader)
-    records = read_records(args.data_file)
+    records = [with_room_for(("grade", "grade_error"), record) for record in read_records(args.data_file)]
     answers = [_answer_of(record, tokenizer) for record in records]
     groups, pass_at = [group_of(record.fields) for record in records], args.pass_at or []
     check_pass_at(pass_at, records, groups)
@@ -84,8 +84,6 @@ def _answer_of(record: Record, tokenizer: Tokenizer | None) -> tuple[str, str, d
     """Returns a grader's arguments: (prompt text, answer text, the record's fields). Messages become their contents, a
     prompt of messages what the tokenizer's chat template makes of it."""
     with naming(record):
-        for name in ("grade", "grade_error"):
-            require(name not in record.fields, f"has a field {name!r} already, which this run would add; rename it")
         prompt, answer = stated_prompt(record), get_answer(record, steps=False)
         if isinstance(prompt, list) and tokenizer is not None:
             prompt = tokenizer.decode(encode_prompt(get_prompt(record), tokenizer))

@@ -23,6 +23,7 @@ from models.common import is_main_rank, on_main
 from models.files import naming_file, read_json_object, write_json, write_whole
 from models.identity import begun_with, changed_flags
 from models.record_files import Record
+from models.records import naming, require
 from models.shared import check_free, check_writable, hold
 from models.sharing import wait_for_all_ranks
 from models.tokenizer import chat_day
@@ -109,6 +110,15 @@ def read_begun(output_file: Path, writer: str, fields: tuple[str, ...] = ()) -> 
                 if not isinstance(fields_of_line, dict) or not fields_of_line.keys() >= set(fields):
                     raise ValueError(f"{output_file}:{number}: not a line that {writer} wrote")
                 yield fields_of_line
+
+
+def with_room_for(names: tuple[str, ...], record: Record) -> Record:
+    """Returns the record without those of these fields that are null, since they count as missing, and a line begins
+    with the record's own fields. Raises ValueError if it has a value in one of them."""
+    with naming(record):
+        for name in names:
+            require(name not in record.given, f"has a field {name!r} already, which this run would add; rename it")
+    return record._replace(fields={name: value for name, value in record.fields.items() if name not in names})
 
 
 def lines_of(records: list[Record], output_file: Path, fields: tuple[str, ...] = ()) -> list[dict]:

@@ -270,14 +270,19 @@ def prompt_of(record: Record, opening: list[dict], chat: bool) -> str | Chat:
 
 def carried_fields(record: Record) -> dict[str, object]:
     """Returns the fields of a record that the lines of its samples carry along; a name in WRITTEN becomes
-    reference_NAME. Raises ValueError if the record has that name too."""
-    read, carried = next((name for name in ("prompt", "instruction", "input") if name in record.fields), None), {}
+    reference_NAME. Raises ValueError if the record has that name too. A null counts as missing."""
+    given, carried = record.given, {}
+    read = next((name for name in ("prompt", "instruction", "input") if name in given), None)
     for name, value in record.fields.items():
         new = f"reference_{name}" if name in WRITTEN else name
         require(
-            new == name or new not in record.fields,
+            new == name or value is None or new not in given,
             f"{name!r} would be written as {new!r}, which the record has too; rename one",
         )
-        if name != read:
+        if name in ("prompt", read):
+            continue
+        if value is not None:
             carried[new] = value
+        elif new not in given:
+            carried.setdefault(new, None)
     return carried

@@ -31,7 +31,7 @@ import torch
 
 from inference.choosing import answer_of, choose_best, choose_by_vote, final_answer
 from inference.grading import grade_file
-from inference.lines import LineWriter, begin, day_of, day_told, lines_of, refuse_occupied, write_lines
+from inference.lines import LineWriter, begin, day_of, day_told, lines_of, refuse_occupied, with_room_for, write_lines
 from models.adapters import AdapterArgs, weight_files
 from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import (
@@ -301,10 +301,9 @@ def encode_items(
     shorten = partial(cut_completion, pad_token_id=pad) if kind.separator is None else cut_steps
 
     def encode(record: Record) -> tuple[Item, EncodingCounts]:
+        record = with_room_for(ADDED_FIELDS, record)
         with naming(record):
             rows, happened = encode_to_score(record, kind.separator, folder.tokenizer, pad)
-            for name in ADDED_FIELDS:
-                require(name not in record.fields, f"has a field {name!r} already, which this run would add; rename it")
             require(len(rows) == 1 or not args.choosing, "is a pair; --best_of_n and --weighted_vote need samples")
         return Item(record, rows), happened
 

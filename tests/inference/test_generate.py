@@ -95,21 +95,23 @@ def rounded(lines: list[dict]) -> list[dict]:
 
 def test_fields_of_a_record_are_carried(folder, tmp_path):
     """Catches a record's field, such as a reference answer, that gets lost, overwrites a result field or is overwritten
-    by one (an `output`, in records of `input` and `output`), after a resume too."""
+    by one (an `output`, in records of `input` and `output`), after a resume too; and a null taken for a value."""
     rows = [
         {"prompt": "1 plus", "answer": {"value": 3, "text": "drei é"}, "idx": 77, "token_ids": [5], "logprob": None},
         {"prompt": "2 plus", "input": "kept beside a prompt", "completion": " 3"},
-        {"input": "3 plus", "level": None, "output": "mine"},
+        {"input": "3 plus", "level": None, "output": "mine", "reference_output": None},
+        {"prompt": None, "input": "4 plus", "output": None, "reference_output": "5"},
     ]
     prompts, out = tiny.write_records(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
     result = generate(folder, "--prompt_file", prompts)
     lines = rounded(lines_of(result))
-    assert [line["prompt"] for line in lines] == ["1 plus", "2 plus", "3 plus"]
+    assert [line["prompt"] for line in lines] == ["1 plus", "2 plus", "3 plus", "4 plus"]
     others = [{name: value for name, value in line.items() if name not in FIELDS} for line in lines]
     assert others == [
         {"answer": rows[0]["answer"], "reference_idx": 77, "reference_token_ids": [5], "reference_logprob": None},
         {"input": "kept beside a prompt", "completion": " 3"},
         {"level": None, "reference_output": "mine"},
+        {"reference_output": "5"},
     ]
     assert all(type(line[name]) is kind for line in lines for name, kind in FIELDS.items())
     assert lines[0]["idx"] == 0 and lines[2]["output"] != "mine"

@@ -151,7 +151,7 @@ def test_prompts_are_those_of_training(tmp_path):
 
 def test_a_kill_then_resume(file, tmp_path):
     """Catches lines held back until the end, workers that outlive a killed run, and a resume with another grader."""
-    records = [{"prompt": "ab", "completion": str(i)} for i in range(60)]
+    records = [{"prompt": "ab", "grade": None, "completion": str(i)} for i in range(60)]  # a null counts as missing
     data, out = tiny.write_records(tmp_path / "data.jsonl", records), tmp_path / "out.jsonl"
     flags = ["--grader", f"{file}:slow", "--data_file", data, "--output_file", out, "--reward_workers", 1]
     process = Forked(SCRIPT, *flags)

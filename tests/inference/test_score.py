@@ -431,7 +431,7 @@ def test_a_resume_whose_records_have_moved_is_refused(rm, tmp_path):
     """Catches records that are scored twice or never, since an accepted change has moved them to other places."""
     records = ragged(6)
     records[1]["completion"] *= 40
-    records[2]["note"] = float("nan")
+    records[2] |= {"note": float("nan"), "reward": None}  # a null counts as missing
     data, out = tiny.write_records(tmp_path / "data.jsonl", records), tmp_path / "out.jsonl"
     limit, accept = ("--max_seq_len", 64), ("--resume", "--accept_changed", "overlong", "data_file")
     assert score(rm, data, out, *limit, "--overlong", "skip").code == 0

@@ -110,7 +110,9 @@ class PpoArgs(RunArgs, RolloutArgs, RewardArgs, ReferenceArgs, CriticArgs, Diver
         bounds=at_least_one,
         help="truncated importance sampling: weight tokens by min(p_trainer / p_engine, this); default: off",
     )
-    debug_checks: bool = flag(False, help="stop unless engine and policy agree before each update", may_change=True)
+    debug_checks: bool = flag(
+        False, help="stop unless engine and policy agree before each update of the policy", may_change=True
+    )
 
 
 def main(args: PpoArgs) -> None:

@@ -5,7 +5,7 @@
 - an assistant's turn runs from the end of its header (which the template writes as the generation prompt) to the first
   end-of-turn token after its content; text after that token, often a newline, is not learnt. If the template marks the
   turns itself, with {% generation %}, its marks decide
-- a message with `weight` 0 or `train` false is not learnt
+- a message with `weight` 0, or with `train` or `loss` false, is not learnt
 - templates of reasoning models leave out parts of messages. A last turn that would lose a part is learnt as it would be
   generated: the generation prompt followed by the unchanged content. Earlier ones are not learnt, but counted
 """
@@ -23,13 +23,14 @@ TAG_BEGUN, LONGEST_TAG = re.compile(r"[<\[][^<>\[\]\s]*$"), 80
 BEGUN_THOUGHT = re.compile(r"<(\w+)>\s*(?:</\1>\s*)?$")  # at a header's end; headers of earlier turns may lack it
 CLOSED_THOUGHT, EMPTY_THOUGHT = re.compile(r"<(\w+)>\s*</\1>\s*$"), re.compile(r"<(\w+)>\s*</\1>")
 MEDIA = ("images", "videos", "audios")
+ONE_MEDIUM = ("image", "video", "audio")  # TRL reads image as it reads images; beside a text it may be anything
 # Fields of records that are an error, since ignoring them would lose data; and what to do instead.
 NOT_READ = {
     "history": "put its turns into the messages",
     "system_prompt": "call it system",
     "functions": "give tools, and tool_calls in the messages",
     "documents": "put them into the messages, or into chat_template_kwargs where the template reads them",
-    **dict.fromkeys(MEDIA, "only text can be read"),
+    **dict.fromkeys((*MEDIA, *ONE_MEDIUM), "only text can be read"),
 }
 OWN_VALUES = {"messages", "tools", "add_generation_prompt", "_generation"}  # not allowed in chat_template_kwargs
 
@@ -138,7 +139,7 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f'{name} must be an object with the string "role"')
     message, learnt = dict(message), message["role"] == "assistant"
-    for key in ("weight", "train"):
+    for key in ("weight", "train", "loss"):
         value = message.pop(key, None)
         if value not in (None, 0, 1):
             raise ValueError(f"{name}: {key} must be 0 or 1, false or true, not {ascii(value)[:60]}")

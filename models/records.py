@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.chats import MEDIA, NOT_READ, Chat, learnt_turns, not_read, parsed, read_chat, text_of_chat
+from models.chats import MEDIA, NOT_READ, ONE_MEDIUM, Chat, learnt_turns, not_read, parsed, read_chat, text_of_chat
 from models.checkpoint import Folder
 from models.common import short_bar
 from models.packing import groups_of_ranks
@@ -104,7 +104,7 @@ def get_prompt(record: Record, *, as_chat: bool = False) -> str | Chat:
             require(not parsed(fields.get(name)), f"{name} belongs to a chat: give prompt as a list of messages")
         for name in not_read(fields):
             # only chat templates read documents; a text already contains them, and a reward function may use the field
-            stated = name == "documents" or (name == "system_prompt" and str(fields[name]) in prompt)
+            stated = name in ("documents", *ONE_MEDIUM) or (name == "system_prompt" and str(fields[name]) in prompt)
             advice = "give prompt as a list of messages, and " * (name not in MEDIA) + NOT_READ[name]
             require(stated, f'"{name}" is not read; {advice}')
         return prompt

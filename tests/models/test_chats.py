@@ -222,7 +222,7 @@ def test_tools_system_weights_and_parts(opened):
     text, learnt, _ = row_of(opened("calls")[0], messages=WITH_CALL)
     assert learnt == ["add<|eot_id|>", "it is 3<|eot_id|>"]
     for name in TEMPLATES:
-        for off in ({"weight": 0}, {"train": False}):
+        for off in ({"weight": 0}, {"train": False}, {"loss": False}):
             messages = [user("a"), said("WRONG", **off), user("b"), said("RIGHT", weight=1)]
             text, learnt, _ = row_of(opened(name)[0], messages=messages)
             assert len(learnt) == 1 and "RIGHT" in learnt[0] and "WRONG" in text
@@ -251,6 +251,8 @@ REFUSED = [
     ("r1", {"history": [["a", "b"]], "messages": [user("a"), said("b")]}, '"history" is not read'),
     ("r1", {"functions": [{"name": "add"}], "messages": [user("a"), said("b")]}, '"functions" is not read; give tools'),
     ("r1", {"images": ["a.png"], "messages": [user("a"), said("b")]}, '"images" is not read'),
+    ("r1", {"image": "a.png", "messages": [user("a"), said("b")]}, '"image" is not read; only text can be read'),
+    ("r1", {"audio": {"path": "a.wav"}, "prompt": [user("a")], "completion": "b"}, '"audio" is not read'),
     ("r1", {"documents": [{"text": "x"}], "messages": [user("a"), said("b")]}, '"documents" is not read; put them'),
     ("r1", {"system_prompt": "Be brief.", "messages": [user("a"), said("b")]}, '"system_prompt" is not read; call it'),
     ("r1", {"messages": [user("a"), said("", function_call={"name": "add"})]}, "function_call is not read; give tool_"),
@@ -282,7 +284,14 @@ def test_empty_columns_and_others_of_their_names(opened):
     """Catches a record refused for a column without a value, or for one whose name means something else there."""
     tokenizer, plain = opened("llama33")[0], [user("a"), said("b")]
     wanted = row_of(tokenizer, messages=plain)
-    empty = ({"images": [None]}, {"images": [[]]}, {"functions": "[]"}, {"history": []})
+    empty = (
+        {"images": [None]},
+        {"images": [[]]},
+        {"image": {"bytes": None, "path": None}},
+        {"video": False},
+        {"functions": "[]"},
+        {"history": []},
+    )
     for more in (*empty, {"functions": ["solve"]}, {"documents": ["doc-7"]}):
         assert row_of(tokenizer, messages=plain, **more) == wanted
     called = {"name": None, "arguments": None}
@@ -296,6 +305,7 @@ def test_empty_columns_and_others_of_their_names(opened):
     assert row_of(tokenizer, prompt="Be brief. a", completion="b", system_prompt="Be brief.", images=[]) == asked
     assert row_of(tokenizer, instruction="Be brief. a", context="", output="b") == asked
     assert row_of(tokenizer, prompt="Be brief. a", completion="b", documents=[{"text": "Be brief."}]) == asked
+    assert row_of(tokenizer, prompt="Be brief. a", completion="b", image="debian:12") == asked
     calls = '[{"type": "function", "function": {"name": "add", "arguments": null}}]'
     assert '"arguments": {}' in row_of(tokenizer, messages=[user("1"), said("", tool_calls=calls)])[1][0]
 

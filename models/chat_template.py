@@ -14,6 +14,7 @@ from contextlib import suppress
 from datetime import date, datetime, time
 from functools import cache, cached_property
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from models.functions import short
 SAFE_JINJA = (3, 1, 6)  # older ones: CVE-2024-56326, CVE-2025-27516
 REASONING = ("reasoning_content", "thinking", "reasoning")  # an assistant's thoughts, beside its content
 OPEN, BEGIN, END, LEARN, LEARNT, CALL = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4", "\ufdd5"
-MARK = re.compile(f"{OPEN}(\\d+)([{BEGIN}{END}{CALL}])|[{LEARN}{LEARNT}]")
+MARK = re.compile(f"{OPEN}(\\d+)(?:{OPEN}\\d+)?([{BEGIN}{END}{CALL}])|[{LEARN}{LEARNT}]")
 
 
 class Rendering(NamedTuple):
@@ -97,7 +98,7 @@ class ChatTemplate:
             {**message, "content": _between_marks(i, message["content"])} if message.get("content") else message
             for i, message in enumerate(messages)
         ]
-        begins, ends, calls, generated, parts, length, end = {}, {}, {}, [], [], 0, 0
+        begins, ends, calls, generated, parts, length, end, seen = {}, {}, {}, [], [], 0, 0, set()
         rendered = self._render(marked, False, values, (LEARN, LEARNT))
         for mark in MARK.finditer(rendered):
             parts.append(rendered[end : mark.start()])
@@ -109,7 +110,9 @@ class ChatTemplate:
                     return Rendering(text, {}, {}, {}, [])
                 generated[-1] = (generated[-1][0], length)
             elif mark[2] == CALL:
-                calls[int(mark[1])] = length
+                if mark[0] not in seen:  # gpt-oss's template repeats a function's name before the tool's output
+                    calls[int(mark[1])] = length
+                seen.add(mark[0])
             else:
                 (begins if mark[2] == BEGIN else ends).setdefault(int(mark[1]), length)
         if "".join(parts) + rendered[end:] != text:
@@ -296,12 +299,14 @@ def with_other_calls(message: dict) -> dict:
 
 
 def _marked_calls(i: int, message: dict) -> dict:
-    """Returns a message with marks in the function names and arguments of its calls."""
-    message, mark = copy.deepcopy(message), f"{OPEN}{i}{CALL}"
+    """Returns a message with marks in the function names and arguments of its calls, each name and each arguments with
+    a mark of its own."""
+    message, marks = copy.deepcopy(message), (f"{OPEN}{i}{OPEN}{n}{CALL}" for n in count())
     for function in functions_of(message):
         name, arguments = function.get("name"), function.get("arguments")
         if isinstance(name, str):
-            function["name"] = name + mark
+            function["name"] = name + next(marks)
+        mark = next(marks)
         if isinstance(arguments, dict):
             function["arguments"] = {key + mark * (j == 0): value for j, (key, value) in enumerate(arguments.items())}
         elif isinstance(arguments, str):  # after a quotation mark, where it keeps JSON valid

@@ -112,3 +112,20 @@ def test_a_thought_that_the_prompt_opens(opened, thoughts):
     assert [turn.startswith("hm\n</think>\n\n") for turn in alone] == [bool(each) for each in (*thoughts, thoughts[1])]
     assert learnt([*messages, *messages])[-3:] == alone
     assert learnt([{**each, "reasoning_content": "ho"} for each in messages] + messages)[-3:] == alone
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Rome"}, '{"city": "Rome"}', {}])
+def test_a_tool_whose_header_has_its_name(opened, arguments):
+    """Catches learning the header of a tool's output, in which a template such as gpt-oss's repeats the called name."""
+    tokenizer, _ = opened
+    name = "{% if m.role == 'tool' %}{{ messages[loop.index0 - 1].tool_calls[-1].function.name }}<|eot_id|>{% endif %}"
+    template = TEMPLATE.replace("{{ m.content or '' }}", name + "{{ m.content or '' }}")
+    (tokenizer.config_path.parent / "chat_template.jinja").write_text(template, encoding="utf-8")
+    first = calling("f", arguments)
+    first["tool_calls"] += calling("g", arguments)["tool_calls"]
+    messages = [USER, first, tool("5"), calling("f", arguments), tool("6"), answer("7")]
+    text, spans, _ = learnt_turns(read_chat(messages), Tokenizer(tokenizer.config_path.parent))
+    written = '{"city": "Rome"}' if arguments else "{}"
+    f, g = (f'<tool>{{"name": "{name}", "arguments": {written}}}</tool>' for name in "fg")
+    wanted = [f"{f}{g}<|eot_id|>", f"{f}<|eot_id|>", "<think>\n\n</think>\n\n7<|eot_id|>"]
+    assert [text[slice(*span)] for span in spans] == wanted and "g<|eot_id|>5" in text

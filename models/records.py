@@ -293,14 +293,17 @@ def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False)
 
 
 def encode_answer(prompt: str | Chat, answer: object, tokenizer: Tokenizer, name: str = "completion") -> Encoded:
-    """encode_answered(), cut after the last token that generation would sample: EOS, or the end of the turn."""
+    """encode_answered(), cut after the last token that generation would sample: EOS, or the end of the turn. A template
+    may mark more as part of the assistant's turn: a newline after it, and EOS after that."""
     example, counts = encode_answered(prompt, answer, tokenizer, name)
     require(example.num_targets > 0, f"the chat template writes nothing for {name}")
     learnt = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
     end, ends = learnt[-1] + 1, (tokenizer.end_of_turn_id, tokenizer.eos_token_id)
-    stop = next((i + 1 for i in reversed(learnt) if example.input_ids[i] in ends), end)
-    if not tokenizer.decode(example.input_ids[stop:end], skip_special_tokens=False).strip():
-        end = stop  # cuts the newline after it, which a template may mark as part of the assistant's turn
+    for stop in [i + 1 for i in reversed(learnt) if example.input_ids[i] in ends]:
+        behind = [token for token in example.input_ids[stop:end] if token not in ends]
+        if tokenizer.decode(behind, skip_special_tokens=False).strip():
+            break
+        end = stop
     return Example(example.input_ids[:end], example.labels[:end]), counts
 
 

@@ -176,15 +176,19 @@ def test_an_answer_as_text_follows_the_generation_prompt(name, opened):
 
 def test_a_mark_that_ends_behind_the_turn(tmp_path):
     """Catches a score, or a log-prob, of the newline behind an end of turn, which TRL's training templates mark as the
-    assistant's: no generation ends with it, so scores of samples would be read at another place than in training."""
+    assistant's, and of the EOS that its Phi-3's mark by itself: no generation ends with it, so scores of samples would
+    be read at another place than in training. And a chat with such an EOS refused."""
     byte_level_folder(tmp_path, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=TOKENS)
     wider = TEMPLATES["marked"].replace("{% endgeneration %}", "\n{% endgeneration %}")
-    (tmp_path / "chat_template.jinja").write_text(wider)
-    tokenizer, question = Tokenizer(tmp_path), [user("2+2?")]
-    assert row_of(tokenizer, messages=[*question, said("4")])[1] == ["4<|eot_id|>\n"]  # as transformers masks it
-    made, _ = encode_pair_record(Record("x:1", {"prompt": question, "chosen": "4", "rejected": "5\n"}), tokenizer)
-    drawn = [encode_generated(read_chat(question), text, tokenizer, finished=True) for text in ("4", "5\n")]
-    assert [made.chosen.input_ids, made.rejected.input_ids] == drawn
+    eos = "{% if not add_generation_prompt %}{% generation %}<|end_of_text|>{% endgeneration %}{% endif %}"
+    for template, behind in ((wider, "\n"), (wider + eos, "\n<|end_of_text|>")):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        tokenizer, question = Tokenizer(tmp_path), [user("2+2?"), said("4"), user("2+3?")]
+        learnt = row_of(tokenizer, messages=[*question, said("5")])[1]
+        assert learnt == ["4<|eot_id|>\n", "5<|eot_id|>" + behind]  # as transformers masks it
+        made, _ = encode_pair_record(Record("x:1", {"prompt": question, "chosen": "4", "rejected": "5\n"}), tokenizer)
+        drawn = [encode_generated(read_chat(question), text, tokenizer, finished=True) for text in ("4", "5\n")]
+        assert [made.chosen.input_ids, made.rejected.input_ids] == drawn
 
 
 def test_a_marked_answer_as_text_follows_the_generation_prompt(tmp_path):

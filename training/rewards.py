@@ -191,6 +191,7 @@ class Scorer:
         self.pool, self.warned, self.graded = None, set(), set()
         self.asked: list[Prompt] = []  # of this update's answers so far
         self.gave: set[str] = set()  # the per-answer functions that have graded one of them
+        self.any_rewarded = False  # whether one of them has a reward
         tp_size = dist.get_world_size() // split.dp.size()  # tensor-parallel ranks are adjacent, with the same answers
         if self.pooled and dist.get_rank() % tp_size == 0:
             self.pool = Pool([self.functions[name] for name in self.pooled], args)
@@ -234,7 +235,9 @@ class Scorer:
             if not function.per_answer:
                 grades[name] = self._ask_batch(function, *columns)
         order = [name for name in ("reward_model", *self.functions) if name in grades]
-        self.asked, self.gave = (self.asked + prompts, self.gave) if again else (prompts, set())
+        if not again:
+            self.asked, self.gave, self.any_rewarded = [], set(), False
+        self.asked = self.asked + prompts
         for name in self.pooled:
             self._check_some_graded(name, grades[name])
         parts = [self._part_of_total(name, grades[name]) for name in order]
@@ -246,7 +249,7 @@ class Scorer:
         device = torch.device(self.split.dp.device_type)
         sources = {name: torch.tensor([grade.value for grade in grades[name]]).to(device) for name in order}
         failures = {name: [grade.failure for grade in grades[name] if grade.failure] for name in order}
-        self._check_some_rewarded(total, prompts)
+        self._check_some_rewarded(total)
         return Scores(total.to(device), step_rewards.to(device), num_cut, sources, failures)
 
     def _check_some_graded(self, name: str, grades: list[Grade]) -> None:
@@ -263,11 +266,13 @@ class Scorer:
                 "--reward_error skip or zero lets the run go on"
             )
 
-    def _check_some_rewarded(self, total: Tensor, prompts: list[Prompt]) -> None:
+    def _check_some_rewarded(self, total: Tensor) -> None:
         """As _check_some_graded, for functions that each grade other answers and none of them all, as TRL allows."""
-        if self.args.reward_error is None and total.isnan().all() and len({id(prompt) for prompt in prompts}) > 1:
+        self.any_rewarded |= not total.isnan().all()
+        several = len({id(prompt) for prompt in self.asked}) > 1
+        if not self.any_rewarded and several and self.args.reward_error is None:
             self.stop.fail(
-                f"none of {len(prompts)} answers has a grade from every --reward_fn; return 0 where a function does "
+                f"none of {len(self.asked)} answers has a grade from every --reward_fn; return 0 where a function does "
                 "not apply, or give --reward_error zero; --reward_error skip lets the run go on"
             )
 

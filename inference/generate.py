@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from inference.lines import LineWriter, begin, begun_on, encode_line, read_begun
-from inference.prompts import PromptArgs, PromptSource, carried_fields
+from inference.prompts import PromptArgs, PromptSource, carried_fields, stamp_of
 from inference.settings import settings_not_taken
 from models.adapters import AdapterArgs, weight_files
 from models.checkpoint import ModelArgs, open_folder
@@ -102,10 +102,11 @@ def main(args: GenerateArgs) -> None:
     )
     files = weight_files(args.checkpoint_path, args.adapter_path)
     check_runnable(files, folder.config, scheme, runtime, args.tensor_parallel_size)
+    stamp = stamp_of(args.prompt_file)  # before the file is hashed
     begun = on_main(lambda: begin(args.output_file, resolved)) if in_file else {}
     check_ranks_agree(resolved, begun)
     params = args.params(args.seed, folder.tokenizer, folder.eos_token_ids)
-    source = PromptSource(args, folder, args.max_new_tokens)
+    source = PromptSource(args, folder, args.max_new_tokens, stamp)
     done, num_lines = on_main(lambda: samples_done(args, source.num_records))
     on_main(lambda: check_prompts_of_samples(args, source))
 

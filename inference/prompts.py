@@ -9,7 +9,7 @@
 """
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -70,11 +70,12 @@ class _Look(NamedTuple):
 class PromptSource:
     """The prompts of a run. num_records: number of records in the file, skipped ones included.
 
-    max_new_tokens: most tokens of a sample; there may be room for fewer. Raises ValueError or OSError for an unusable
-    file or record.
+    max_new_tokens: most tokens of a sample; there may be room for fewer. stamp: the file's stamp_of() when the run
+    began. Raises ValueError or OSError for an unusable file or record, or if the file is not that one any more.
     """
 
-    def __init__(self, args: PromptArgs, folder: Folder, max_new_tokens: int):
+    def __init__(self, args: PromptArgs, folder: Folder, max_new_tokens: int, stamp: tuple[int, int] | None):
+        self.stamp = stamp
         self.args, self.folder, self.max_new_tokens = args, folder, max_new_tokens
         self.opening = opening_of(args.system, folder.tokenizer)
         self.counts = dict.fromkeys(("skipped", "truncated", "short"), 0)  # of the prompts tokenised so far
@@ -92,6 +93,11 @@ class PromptSource:
                 self._longest = max(self._longest, len(self._encode(record, counted=False) or ()))
         else:
             self._tokenise_all()
+        self._check_stamp()
+
+    def _check_stamp(self) -> None:
+        if stamp_of(self.args.prompt_file) != self.stamp:
+            raise ValueError(f"{self.args.prompt_file}: was replaced while it was being read; restore it and --resume")
 
     def _chunks(self) -> Iterable[Lines | Items]:
         if self.args.prompt_file is not None:
@@ -186,7 +192,7 @@ class PromptSource:
             for place in range(first, last + 1):
                 number = int(numbers[place])
                 if number != prompt:  # equal if the samples of a prompt are spread over several ranges
-                    prompt, record = number, next(read for idx, read in deferred if idx == number)()
+                    prompt, record = number, self._next(deferred, number)
                     missing = np.flatnonzero(~done[number]).tolist()
                     begin = int(ends[place]) - len(missing)  # counted by the replica that takes the first sample
                     counted = begin in samples
@@ -196,6 +202,13 @@ class PromptSource:
                 most = min(self.max_new_tokens, self.folder.max_seq_len - len(ids))
                 for sample_idx in missing[max(0, samples.start - begin) : samples.stop - begin]:
                     yield Request(number, sample_idx, ids, most, record)
+
+    def _next(self, deferred: Iterator[tuple[int, Callable[[], Record]]], number: int) -> Record:
+        """Returns the record of this number, which the first pass has read before."""
+        try:
+            return next(read for idx, read in deferred if idx == number)()
+        finally:  # a line of another file may be no record
+            self._check_stamp()
 
     def asked(self, record: Record) -> str | list[dict]:
         """Returns the record's prompt as the model got it: as messages with --chat and --system, so that scoring and
@@ -225,6 +238,14 @@ class PromptSource:
             ("short", f"prompts with room for fewer than {self.max_new_tokens} new tokens"),
         )
         return "; ".join(f"{self.counts[name]} {what}" for name, what in remarks if self.counts[name])
+
+
+def stamp_of(path: Path | None) -> tuple[int, int] | None:
+    """Returns what changes if a file is replaced: its size and time; None if there is none."""
+    if path is None or not path.is_file():
+        return None
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def num_bytes(text: str) -> int:

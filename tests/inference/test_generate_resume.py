@@ -1,6 +1,7 @@
 """inference/generate.py --resume: after kills, with other flags, prompts or models, and lines of several ranks."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -78,6 +79,28 @@ def test_a_torn_last_line_is_drawn_again(folder, tmp_path):
         found = {(x["idx"], x["sample_idx"]): x["output"] for x in tiny.read_lines(out)}
         assert found == {(x["idx"], x["sample_idx"]): x["output"] for x in map(json.loads, expected)}
         assert out.read_bytes().count(b"\n") == len(expected)
+
+
+def test_prompts_replaced_meanwhile(folder, tmp_path, monkeypatch):
+    """Catches the tokens of one file's prompts beside the text and the fields of another's, which has taken its place
+    while the weights were read; a traceback where that one is shorter; and a run that cannot be resumed after it."""
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    load = script.load_for_inference
+
+    def load_slowly(other, *args, **options):
+        prompts.write_text(other)
+        return load(*args, **options)
+
+    for other in ('{"prompt": "x"}\n' * 3, '{"prompt": "x"}\n', "{\n" * 3):
+        tiny.write_records(prompts, records(3))
+        out.unlink(missing_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "load_for_inference", functools.partial(load_slowly, other))
+            result = generate(folder, *run_flags(prompts, out))
+        assert result.code == 2 and f"error: {prompts}: was replaced while it was being read" in result.stderr
+        assert "Traceback" not in result.stderr and not out.read_text()
+    tiny.write_records(prompts, records(3))
+    assert generate(folder, *run_flags(prompts, out, "--resume")).code == 0 and len(tiny.read_lines(out)) == 3
 
 
 def test_a_line_is_on_disk_at_once(tmp_path):

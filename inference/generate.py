@@ -56,7 +56,7 @@ from models.quantize import QuantizeArgs, check_runnable, choose_scheme
 from models.record_files import Record
 from models.sampling import SamplingArgs
 from models.shared import check_shared
-from models.sharing import shared_work
+from models.sharing import shared_work, wait_for_all_ranks
 from models.tokenizer import chat_day
 from models.tp import TensorParallelArgs
 
@@ -115,6 +115,8 @@ def main(args: GenerateArgs) -> None:
     if in_file:
         check_shared(args.output_file.parent, f"--output_file {args.output_file}", writes=active)
     model = load_for_inference(args.checkpoint_path, runtime, tp=parallel_of(mesh).tp, scheme=scheme, files=files)
+    if runtime.device.type == "cpu":
+        wait_for_all_ranks()  # what a rank has yet to read would count as free in another's plan
     numbers, counts = source.missing(done)
     work, num_done = shared_work("generate", counts, mesh["dp"]), int(done.sum())
     plan = plan_cache(
@@ -127,6 +129,8 @@ def main(args: GenerateArgs) -> None:
         prefill_tokens=args.prefill_tokens,
         compile=runtime.compile,
     )
+    if runtime.device.type == "cpu":
+        wait_for_all_ranks()  # and the cache of one that is early would count as taken
     engine = Engine(
         model,
         params,

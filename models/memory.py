@@ -1,5 +1,6 @@
 """How many pages of a KV cache fit into memory, and how many rows to run with them."""
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -26,11 +27,12 @@ class CachePlan(NamedTuple):
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate: on a GPU, including its allocator's unused memory, or on the host."""
+    """Bytes that this process can still allocate: on a GPU, including its allocator's unused memory, or its share of
+    the host's, which the ranks there divide."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return available_memory()
+    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def page_bytes(model: Transformer, *, compile: bool = False) -> int:

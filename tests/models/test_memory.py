@@ -61,4 +61,8 @@ def test_rows_and_pages_fit(folder, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 10**12)
     assert plan_cache(on_gpu, prefill_tokens=8, **{**few, "num_requests": 1000}).num_slots == 256
     monkeypatch.undo()
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**9)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # of the host's memory, each rank plans a part
+    assert memory.free_memory(torch.device("cpu")) == 10**9 // 4
+    monkeypatch.undo()
     assert 2**20 < memory.free_memory(torch.device("cpu")) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

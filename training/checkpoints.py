@@ -25,6 +25,7 @@ from models.common import is_main_rank, on_main, say
 from models.fingerprint import ADAPTER_CONFIG
 from models.tp import local
 from training.manifest import Reader, TensorPlanner, open_checkpoint, write_manifest
+from training.metrics import logged
 from training.stop import any_rank
 
 Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer]
@@ -151,11 +152,13 @@ def _checkpoints(output_dir: Path) -> list[Path]:
 
 
 def check_checkpoints_are_there(output_dir: Path, save_steps: int | None) -> None:
-    """Raises ValueError if the folder holds the model of a finished run that has saved checkpoints, and none of them: a
-    --resume would train again from the beginning. save_steps: the run's."""
+    """Raises ValueError if the folder holds the model of a finished run that took steps and saved checkpoints, and none
+    of them: a --resume would train again from the beginning. save_steps: the run's."""
     names = {"--adapter_path": ADAPTER_CONFIG, "--checkpoint_path": "config.json"}
     model = next((flag for flag, name in names.items() if (output_dir / name).is_file()), None)
-    if model and save_steps != 0 and not _checkpoints(output_dir):
+    if not model or save_steps == 0 or _checkpoints(output_dir):
+        return
+    if any(values["step"] > 0 for values, _ in logged(output_dir / "metrics.jsonl")):
         raise ValueError(
             f"--resume {output_dir}: holds the model of a finished run, and its checkpoints are gone; go on from the "
             f"model with {model} {output_dir} and another --output_dir"

@@ -84,7 +84,7 @@ def test_output_dir(tmp_path):
     prepare_output_dir(new)
     assert not (tmp_path / "new").exists()
     prepare_output_dir(args_of(tmp_path, resume=False))
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     prepare_output_dir(args_of(tmp_path))
     with pytest.raises(ValueError, match="not empty"):
         prepare_output_dir(args_of(tmp_path, resume=False))

@@ -100,11 +100,11 @@ def main(args: GenerateArgs) -> None:
         dtype=str(runtime.dtype),
         quantize=rounding_of(scheme, runtime),
     )
+    stamp = stamp_of(args.prompt_file)  # before the file is hashed
+    begun = on_main(lambda: begin(args.output_file, resolved) if in_file else {})
+    check_ranks_agree(resolved, begun)  # before collectives that depend on flags
     files = weight_files(args.checkpoint_path, args.adapter_path)
     check_runnable(files, folder.config, scheme, runtime, args.tensor_parallel_size)
-    stamp = stamp_of(args.prompt_file)  # before the file is hashed
-    begun = on_main(lambda: begin(args.output_file, resolved)) if in_file else {}
-    check_ranks_agree(resolved, begun)
     params = args.params(args.seed, folder.tokenizer, folder.eos_token_ids)
     source = PromptSource(args, folder, args.max_new_tokens, stamp)
     done, num_lines = on_main(lambda: samples_done(args, source.num_records))

@@ -160,12 +160,6 @@ def main(args: ScoreArgs) -> None:
     if folder.tokenizer.chat_template is not None:
         folder.tokenizer.chat_template.ignore_unread()
     scheme = choose_scheme(args.checkpoint_path, args.quantize, args.group_size, tp_size=args.tensor_parallel_size)
-    files = weight_files(args.checkpoint_path, args.adapter_path)
-    kind = read_reward_kind(args.checkpoint_path, files)
-    check_kind(args, kind)
-    check_runnable(files, folder.config, scheme, runtime, args.tensor_parallel_size, head="score")
-    load, is_given = undisturbed()(load_function), args.answer_fn is not None
-    find_answer = undisturbed()(load("--answer_fn", args.answer_fn)) if is_given else final_answer
     resolved = replace(
         args,
         chat_date=today.isoformat(),
@@ -174,7 +168,13 @@ def main(args: ScoreArgs) -> None:
         quantize=None if scheme is None else str(scheme),
     )
     begun = on_main(lambda: begin_outputs(resolved))
-    check_ranks_agree(resolved, begun)
+    check_ranks_agree(resolved, begun)  # before collectives that depend on flags
+    files = weight_files(args.checkpoint_path, args.adapter_path)
+    kind = read_reward_kind(args.checkpoint_path, files)
+    check_kind(args, kind)
+    check_runnable(files, folder.config, scheme, runtime, args.tensor_parallel_size, head="score")
+    load, is_given = undisturbed()(load_function), args.answer_fn is not None
+    find_answer = undisturbed()(load("--answer_fn", args.answer_fn)) if is_given else final_answer
     records = read_records(args.data_file)
     items, counts = encode_items(records, folder, kind, args)
     answers = [answer_of(item.record, kind.separator, find_answer) for item in items] if args.weighted_vote else []

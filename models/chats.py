@@ -343,9 +343,10 @@ class _TurnFinder:
 def _marked_turns(chat: Chat, rendering: Rendering) -> Turns:
     text, generated = rendering.text, rendering.generated
     assistants = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    if len(generated) == len(assistants) + 1 and not text[generated[-2][1] : generated[-1][0]].strip():
-        *generated, (start, _), (_, end) = generated  # TRL's phi3_training.jinja marks the final EOS by itself
-        generated = [*generated, (start, end)]
+    if len(generated) == len(assistants) + 1:  # TRL's phi3_training.jinja marks the final EOS by itself
+        *generated, (start, end) = generated
+        if generated and not text[generated[-1][1] : start].strip():  # it ends an assistant's turn
+            generated[-1] = (generated[-1][0], end)
     if len(assistants) != len(generated):
         raise ValueError("the chat template does not mark one span per assistant message")
     spans = {i: span for i, span in zip(assistants, generated) if chat.learnt[i]}

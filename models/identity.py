@@ -18,6 +18,7 @@ import torch.distributed as dist
 from models.common import Flag, flag, flags_of, say
 from models.fingerprint import ADAPTER_CONFIG, digest, fingerprint
 from models.functions import FunctionPlace
+from models.sharing import wait_for_all_ranks
 
 CONTENTS = "content_digests"  # key beside the flags: {flag: digest, or a list of digests for a list of paths}
 # Flags with these endings name a data file, a model or an adapter. Another folder is a mistake that is reported later;
@@ -106,6 +107,7 @@ def check_ranks_agree(args, begun: dict) -> None:
     names = [f"other content of --{name}" for name, kind in kinds.items() if kind == "content"]
     names = names or [f"another --{name}" for name, kind in kinds.items() if kind == "value"]
     found: list = [None] * len(ranks)
+    wait_for_all_ranks()  # hashing may take longer than a collective's timeout
     dist.all_gather_object(found, ", ".join(names))
     for rank, names in enumerate(found):
         if names:

@@ -64,7 +64,8 @@ class RewardFolder(NamedTuple):
     same_bos: bool  # as the policy, in front of texts
     same_template: bool  # as the policy, or none of its own
     kind: RewardKind
-    policy: Folder
+    policy: Tokenizer
+    policy_ends: tuple[int, ...]  # the policy's own stop token ids
 
     def reads_ids_of(self, prompt: str | Chat) -> bool:
         """Whether the policy's ids of a prompt are the reward model's own, in the format it was trained on."""
@@ -73,10 +74,9 @@ class RewardFolder(NamedTuple):
     def end_of(self, prompt: str | Chat) -> list[int]:
         """Returns the id that ends a finished answer in a row of the policy's ids: the one of the model's training; the
         policy's where it has none, as in chats without a template of its own."""
-        ours, theirs = self.folder.tokenizer, self.policy.tokenizer
-        borrows = isinstance(prompt, Chat) and ours.chat_template is None
-        own = [] if borrows else ids_at_the_end(prompt, ours)
-        return own or ids_at_the_end(prompt, theirs) or list(self.policy.eos_token_ids[:1])
+        borrows = isinstance(prompt, Chat) and self.folder.tokenizer.chat_template is None
+        own = [] if borrows else ids_at_the_end(prompt, self.folder.tokenizer)
+        return own or ids_at_the_end(prompt, self.policy) or list(self.policy_ends[:1])
 
 
 class Frozen(NamedTuple):
@@ -199,7 +199,8 @@ def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) ->
     same_bos = ours.encode_prefix("") == theirs.encode_prefix("")
     formats = [tokenizer.chat_template and tokenizer.chat_template.format for tokenizer in (ours, theirs)]
     same_template = formats[0] in (None, formats[1])
-    return RewardFolder(folder, same_tokenizer, same_bos, same_template, read_reward_kind(path), policy)
+    kind, ends = read_reward_kind(path), policy.eos_token_ids
+    return RewardFolder(folder, same_tokenizer, same_bos, same_template, kind, theirs, ends)
 
 
 def _text_to_ids(folder: Path) -> dict[str, object]:

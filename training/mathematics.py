@@ -424,7 +424,7 @@ def _read_scalar(text: str) -> Scalar:
         is_unit = all(known or (i and len(word) < 3) for i, (word, known) in enumerate(zip(words, known)))
         alone = len(words) == 1 or ("/" in quantity[3] and all(word in UNITS for word in words))  # m or m/s, not m x
         is_variable = len(words[0]) == 1 and (not alone or EXPRESSION.search(quantity[1]))
-        is_part = not set(words).isdisjoint(PARTS) or re.match(POWER, quantity[3])
+        is_part = not {word.lower() for word in words}.isdisjoint(PARTS) or re.match(POWER, quantity[3], re.I)
         if is_unit and not is_variable and not is_part and not set(words) & {*WORDS, "or", "and"}:
             power = MULTIPLES.get(words[0].lower(), 0)
             values = tuple(value * 10**power for value in _read_scalar(quantity[1]).values)

@@ -121,7 +121,7 @@ def rows_it_reads(
             ids, ends_of_steps = encode_steps(prompt, split_steps(text, separator), separator, tokenizer)
         elif reward.reads_ids_of(prompt):
             ids = row.input_ids
-            if ended and ids[-1] in reward.policy.eos_token_ids:
+            if ended and ids[-1] in reward.policy_ends:
                 ids = ids[:-1] + reward.end_of(prompt)
             elif ended:
                 ids = ids[: row.prompt_length]

@@ -167,7 +167,8 @@ def main(args: GrpoArgs) -> None:
             run.export(policy, what="policy", subfolder=run.step_folder)
         if run.step >= run.first_step or run.interrupted:
             of_token = {"kl": metrics.get("kl", 0.0), "entropy": metrics.get("entropy", 0.0)}
-            some = metrics.get("rewards/num_skipped", 0) < args.rollout_batch_size  # have a reward
+            num_answers = args.rollout_batch_size + metrics.get("num_resampled_groups", 0) * args.num_generations
+            some = metrics.get("rewards/num_skipped", 0) < num_answers  # have a reward
             divergence.look(run.step, **of_token, all_alike=some and metrics.get("frac_reward_zero_std") == 1)
 
     if data.held_out and run.first_step == 1 and args.total_steps:

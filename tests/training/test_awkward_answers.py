@@ -125,6 +125,7 @@ WRONG = [
     (r"3\mathrm{e}", "3"),
     ("5 pt", "5 qt"),
     ("5 squared", "5"),
+    ("5 Squared", "5"),
     ("5 squared in all", "5"),
     ("5 cubed", "5"),
     ("It is 5 squared.", "5"),

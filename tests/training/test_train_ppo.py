@@ -416,7 +416,7 @@ def test_the_end_that_a_reward_model_reads(folder, world, tmp_path):
         reward = frozen.open_reward_folder(rm, open_folder(policy), 1)
         assert reward.same_tokenizer and reward.same_bos and reward.same_template == (name != "mentioned")
         for asked in ("Question 1:", chat):
-            prompt, theirs = asked if isinstance(asked, str) else read_chat(asked), reward.policy.tokenizer
+            prompt, theirs = asked if isinstance(asked, str) else read_chat(asked), reward.policy
             ids = encode_prompt(prompt, theirs)
             drawn = [[*encode_generated(prompt, text, theirs, finished=False), i] for i in (2, 300)]
             drawn.append(encode_generated(prompt, text + " so", theirs, finished=False))  # --stop " so"

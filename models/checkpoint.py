@@ -111,9 +111,7 @@ def open_folder(
     config = model_config(path)
     if not frozen:
         refuse_quantized(path)
-        dropout = read_hf_config(path)[0].get("attention_dropout")
-        if dropout:
-            say(f"{path}: its attention_dropout {dropout} is not applied: attention is trained without dropout")
+        say_of_dropout(path)
     config.check_divisible(tensor_parallel_size)
     generation_eos_ids(path)  # raises ValueError for invalid ids
     context = config.max_position_embeddings
@@ -128,6 +126,13 @@ def open_folder(
             f"{config.vocab_size}"
         )
     return Folder(path, config, tokenizer, max_seq_len or context)
+
+
+def say_of_dropout(path: Path) -> None:
+    """Says of a model to be trained that its attention_dropout is not applied, if it has one."""
+    dropout = read_hf_config(path)[0].get("attention_dropout")
+    if dropout:
+        say(f"{path}: its attention_dropout {dropout} is not applied: attention is trained without dropout")
 
 
 def our_name(name: str) -> str:

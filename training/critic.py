@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.adapters import choose_lora
-from models.checkpoint import Folder, has_score_head, model_folder
+from models.checkpoint import Folder, has_score_head, model_folder, say_of_dropout
 from models.common import Runtime, flag, non_negative
 from models.fsdp import check_loadable, load_for_training
 from models.lora import CRITIC, Lora
@@ -39,6 +39,8 @@ def choose_critic(args, policy: Folder, runtime: Runtime, lora: Lora | None, rew
             "from, or the policy's, as --value_checkpoint_path"
         )
     check_reader("critic", path, policy, args)
+    if path != args.checkpoint_path:  # of that folder it is said already
+        say_of_dropout(path)
     zero_head = _zero_head(path)
     if args.shared_base:
         check_loadable(args.checkpoint_path, args, runtime, new_score=zero_head, lora=lora)

@@ -206,8 +206,13 @@ def test_debug_checks_see_another_temperature(folder, world, tmp_path, monkeypat
 
 
 def test_export_only(folder, world, tmp_path):
-    """Catches weights changed by loading and saving, and a critic whose head is not 0."""
-    assert ppo(folder, world, tmp_path / "out", total_steps=0) == []
+    """Catches weights changed by loading and saving, a critic whose head is not 0, and one whose own attention_dropout
+    is left out without a word."""
+    tiny.write_model(tmp_path / "lm", attention_dropout=0.1)
+    settings = {"total_steps": 0, "value_checkpoint_path": tmp_path / "lm"}
+    result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **settings))
+    assert result.code == 0 and tiny.read_lines(tmp_path / "out/metrics.jsonl") == [], result.stderr
+    assert f"{tmp_path / 'lm'}: its attention_dropout 0.1 is not applied" in result.stdout
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not load_file(tmp_path / "out/critic/model.safetensors")["score.weight"].any()

@@ -186,6 +186,8 @@ def test_a_mark_that_ends_behind_the_turn(tmp_path):
         tokenizer, question = Tokenizer(tmp_path), [user("2+2?"), said("4"), user("2+3?")]
         learnt = row_of(tokenizer, messages=[*question, said("5")])[1]
         assert learnt == ["4<|eot_id|>\n", "5<|eot_id|>" + behind]  # as transformers masks it
+        assert row_of(tokenizer, messages=question)[1] == ["4<|eot_id|>\n"]  # no EOS behind a user's turn
+        assert row_of(tokenizer, messages=question[:1])[1] == []
         made, _ = encode_pair_record(Record("x:1", {"prompt": question, "chosen": "4", "rejected": "5\n"}), tokenizer)
         drawn = [encode_generated(read_chat(question), text, tokenizer, finished=True) for text in ("4", "5\n")]
         assert [made.chosen.input_ids, made.rejected.input_ids] == drawn

@@ -31,7 +31,17 @@ import torch
 
 from inference.choosing import answer_of, choose_best, choose_by_vote, final_answer
 from inference.grading import grade_file
-from inference.lines import LineWriter, begin, day_of, day_told, lines_of, refuse_occupied, with_room_for, write_lines
+from inference.lines import (
+    LineWriter,
+    all_scored,
+    begin,
+    day_of,
+    day_told,
+    lines_of,
+    refuse_occupied,
+    with_room_for,
+    write_lines,
+)
 from models.adapters import AdapterArgs, weight_files
 from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import (
@@ -140,8 +150,7 @@ class ScoreArgs(ModelArgs, AdapterArgs, QuantizeArgs, TensorParallelArgs, Gradin
     @property
     def scored_file(self) -> Path:
         """The file for all scored records, chosen or not."""
-        path = self.output_file
-        return path.with_name(f"{path.stem}.scored{path.suffix}") if self.choosing else path
+        return all_scored(self.output_file) if self.choosing else self.output_file
 
 
 @torch.inference_mode()

@@ -481,7 +481,7 @@ def check_base_is_the_same(lora: Lora) -> None:
     made from other weights than the adapters were trained on."""
     if fingerprint(lora.base) != lora.base_fingerprint:
         raise ValueError(
-            f"{lora.base}: other content than when the run began, so the adapters are written but not merged with it; "
+            f"{lora.base}: other content than when the run began, so the adapters are not merged with it; "
             "restore it and --resume, or --resume with --accept_changed to merge them with the new content"
         )
 

@@ -6,6 +6,7 @@ from datetime import date
 import pytest
 
 from inference.choosing import answer_of, choose_best, final_answer
+from inference.lines import sidecar
 from models.record_files import Record
 from models.reward import encode_to_score
 from models.tokenizer import Tokenizer
@@ -48,16 +49,20 @@ def test_lines_are_scored_on_the_day_they_were_drawn(tmp_path):
     (tmp_path / "g.py").write_text(days)
     copy, rewards, today = tiny.write_records(tmp_path / "copy.jsonl", tiny.read_lines(lines)), [], date.today()
     stated = ("--chat_date", "2024-02-29")
-    for i, (data, more) in enumerate(((lines, ()), (copy, stated), (copy, ()))):
+    best = tiny.write_records(tmp_path / "best.jsonl", tiny.read_lines(lines))  # as --best_of_n leaves it
+    sidecar(lines.with_name("best.scored.jsonl")).write_bytes(sidecar(lines).read_bytes())
+    for i, (data, more) in enumerate(((lines, ()), (copy, stated), (copy, ()), (best, ()))):
         flags = ("--data_file", data, *more, "--output_file")
         by_model = tiny.run("inference/score.py", "--checkpoint_path", rm, *flags, tmp_path / f"scored-{i}")
         by_function = ("--grader", tmp_path / "g.py:day", "--checkpoint_path", folder)
         by_function = tiny.run("inference/score.py", *by_function, *flags, tmp_path / f"graded-{i}")
-        assert tiny.read_lines(tmp_path / f"graded-{i}")[0]["grade"] == int(i < 2)
+        assert tiny.read_lines(tmp_path / f"graded-{i}")[0]["grade"] == int(i != 2)
         for result in (by_model, by_function):
-            assert ["chat", "date", "2024-02-29" if i < 2 else str(today)] in map(str.split, result.stdout.splitlines())
+            assert ["chat", "date", str(today) if i == 2 else "2024-02-29"] in map(
+                str.split, result.stdout.splitlines()
+            )
         rewards.append(tiny.read_lines(tmp_path / f"scored-{i}")[0]["reward"])
-    assert rewards[0] == rewards[1] != rewards[2]
+    assert rewards[0] == rewards[1] == rewards[3] != rewards[2]
 
 
 def test_contents_in_parts_are_read(tmp_path):

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from models import fsdp
 from models.common import _reason, on_main
 from models.fsdp import start_ranks
 from models.sharing import (
@@ -213,14 +212,14 @@ def test_a_rank_that_does_not_come():
 
 def outlive() -> None:
     """Runs a rank that waits for the other, which is late, late again, and then dies."""
-    fsdp.TIMEOUT = timedelta(seconds=2)
     start_ranks(torch.device("cpu"))
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
     rank = dist.get_rank()
-    time.sleep(2.5 * rank)
+    time.sleep(1.5 * rank)
     begun = time.monotonic()
     wait_for_all_ranks()
-    print("waited" if time.monotonic() - begun > 2 else "went on", flush=True)
-    print(on_main(lambda: time.sleep(2.5) or "main"), flush=True)
+    print("waited" if time.monotonic() - begun > 1 else "went on", flush=True)
+    print(on_main(lambda: time.sleep(1.5) or "main"), flush=True)
     if rank == 1:
         time.sleep(0.5)
         os._exit(9)

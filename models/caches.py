@@ -36,17 +36,21 @@ def keep_compiled_code() -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
         folder = _temporary()
+    parts = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may lack it
+    able = (torch.backends.cpu.get_cpu_capability(), sorted(parts.items()))
+    own = str(folder / f"inductor-{hashlib.sha256(repr(able).encode()).hexdigest()[:8]}")
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if given is None or given == _torchs_own():
-        parts = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may lack it
-        able = (torch.backends.cpu.get_cpu_capability(), sorted(parts.items()))
-        kind = hashlib.sha256(repr(able).encode()).hexdigest()[:8]
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"inductor-{kind}")
+    if given is None or (given != own and given == _torchs_own()):  # own: of an earlier call, or of a parent
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = own
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
-def _torchs_own() -> str:
-    """Returns the default that torch (2.13) itself writes into the environment when it is imported."""
+def _torchs_own() -> str | None:
+    """Returns the default that torch (2.13) itself writes into the environment when it is imported; None for a user
+    without a name, for whom torch 2.11 has none."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds, unless imported before
 
-    return default_cache_dir()
+    try:
+        return default_cache_dir()
+    except (KeyError, OSError):
+        return None

@@ -3,6 +3,7 @@
 A section writes each result at once, as a line of JSON, so that a killed section leaves its earlier results.
 """
 
+import contextlib
 import gc
 import json
 import subprocess
@@ -89,7 +90,8 @@ def run_items(section: Section, items: list[Item]) -> None:
         except Exception as error:  # of any kind: the report names it and continues; log.txt has the traceback
             traceback.print_exc()
             section.write(kind="error", name=item.name, detail=last_lines(f"{type(error).__name__}: {error}"))
-        free_memory(section.runtime.device)
+        with contextlib.suppress(RuntimeError):  # a CUDA error that stays: other processes' items can still run
+            free_memory(section.runtime.device)
         print(f"{section.name}, {item.name}: {time.time() - start:.1f} s", flush=True)  # in log.txt, for planning
 
 

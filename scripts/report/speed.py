@@ -90,7 +90,8 @@ def decode(slots: int, prompt_len: int, *, mode: str = "none", goals: dict | Non
         if "is_first" not in section.kept:
             section.kept["is_first"] = False
             seconds = time.time() - section.started
-            detail = "from the start of the process to the 9th token, with random weights and all compilation"
+            detail = "from the start of the process to the 9th token, with random weights and "
+            detail += f"{first.compile_seconds:.1f} s of compiling (less if an earlier run's code is kept)"
             section.figure("start-up", seconds, "s", goals.get("startup"), detail)
         again = run_once(engine, requests)
         name = f"{name_of(section, mode)}, {counted(slots, 'slot')}"
@@ -125,6 +126,14 @@ def decode_ragged(section: Section) -> None:
     section.figure(f"{name_of(section)}, ragged, {slots} slots", run_once(engine, requests).rate, "tok/s", None, detail)
 
 
+def capture_all(engine: Engine) -> None:
+    """Captures steps of all sizes on a GPU: the last answers run in fewer rows than any warm-up's."""
+    runner = engine.rows.runner
+    for size in runner.sizes if runner is not None else ():
+        if size not in runner.graphs:
+            runner.prepare(size)
+
+
 @torch.inference_mode()
 def decode_math(section: Section) -> None:
     """Measures 64 samples of each MATH-shaped prompt, with up to 320 slots and as many pages as the memory holds."""
@@ -140,10 +149,8 @@ def decode_math(section: Section) -> None:
         num_pages = min(slots * pages_for(longest), max(pages_for(longest) + 1, int(free // page)))
     options = {"num_slots": slots, "max_seq_len": longest, "num_pages": num_pages, "compile": section.runtime.compile}
     engine = Engine(model, SamplingParams(), **options)
-    # warm up with fewer and fewer rows, so that steps of all sizes are captured
-    run_once(
-        engine, [replace(r, max_new_tokens=min(r.max_new_tokens, 2 + i // 4)) for i, r in enumerate(requests[:slots])]
-    )
+    run_once(engine, [replace(r, max_new_tokens=min(r.max_new_tokens, 9)) for r in requests[:slots]])
+    capture_all(engine)
     run = run_once(engine, requests)
     rows = engine.num_decoded / max(1, engine.num_steps)
     detail = (

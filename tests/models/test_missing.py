@@ -62,8 +62,8 @@ def test_no_compiler_for_cpus(monkeypatch):
 
 def test_no_home_to_write_to(tmp_path, monkeypatch):
     """Catches compiled code without a place because the home cannot be written, a user's choice of a folder ignored,
-    and one folder for several nodes or kinds of CPUs: with code that another CPU had left there, an AVX2 CPU computed
-    NaN, which was taken for broken weights."""
+    one folder for several nodes or kinds of CPUs: with code that another CPU had left there, an AVX2 CPU computed NaN,
+    which was taken for broken weights; and a traceback for a user without a name at the second call."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
@@ -91,6 +91,18 @@ def test_no_home_to_write_to(tmp_path, monkeypatch):
     of_node = tmp_path / "cache" / "gpt-accelera" / "node-7"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(of_node / name.name)
     assert os.environ["TRITON_CACHE_DIR"] == str(of_node / "triton")
+
+    def without_a_name():
+        asked.append(1)
+        raise KeyError("getpwuid(): uid not found: 0")  # as torch 2.11 for such a user
+
+    asked = []
+    monkeypatch.setattr("torch._inductor.runtime.cache_dir_utils.default_cache_dir", without_a_name)
+    for given in (of_node / name.name, tmp_path / "mine"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(given))
+        caches.keep_compiled_code()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(given)
+    assert len(asked) == 1  # asking imports torch._inductor, which takes seconds
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     caches.keep_compiled_code()

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import time
+import types
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -15,11 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from models.common import Runtime
+from models.graphs import StepRunner
 from scripts import gpu_report
 from scripts.gpu_report import SECTIONS, ReportArgs
-from scripts.report import right, speed, trained
+from scripts.report import record, right, speed, trained
 from scripts.report.record import Item, Section, largest, run_items
 from tests import tiny
+from tests.stand_ins import Graph
 
 ON_CPU = Runtime(torch.device("cpu"), torch.float32, False)
 
@@ -126,7 +129,7 @@ def test_faults_are_found(section, tmp_path, monkeypatch):
     assert not rows_of(section)[-1]["ok"]
 
 
-def test_failures_do_not_stop_it(section):
+def test_failures_do_not_stop_it(section, monkeypatch):
     """Catches an item whose failure ends the others too, an item begun without enough time left, and a goal compared in
     the wrong direction."""
 
@@ -138,11 +141,20 @@ def test_failures_do_not_stop_it(section):
         section.figure("speed", 31.0, "tok/s", 30)
 
     section.small = False
+    monkeypatch.setattr(record, "free_memory", fail)  # as after an illegal access
     run_items(section, [Item("fails", 1, fail), Item("long", 1000, fail), Item("goes on", 1, measure)])
     failed, skipped, startup, rate = rows_of(section)
     assert failed["kind"] == "error" and "CUDA out of memory" in failed["detail"]
     assert skipped["kind"] == "note" and skipped["detail"].startswith("skipped") and "1000" in skipped["detail"]
     assert not startup["met"] and rate["met"]
+
+
+def test_all_sizes_are_captured():
+    """Catches a size that a timed run captures, such as those of the last answers."""
+    runner = StepRunner(lambda size: None, 100, [torch.zeros(1)], Graph)
+    runner.prepare(4)
+    speed.capture_all(types.SimpleNamespace(rows=types.SimpleNamespace(runner=runner)))
+    assert sorted(runner.graphs) == runner.sizes and runner.seconds > 0
 
 
 def test_sections_that_end_badly(tmp_path, monkeypatch):

@@ -13,13 +13,7 @@ run() { "$python" -m torch.distributed.run --standalone --nproc-per-node "${GPUS
 for part in sft steps hard held_out; do
     [ -f "$data/$part.jsonl" ] || { echo "$data/$part.jsonl is missing" >&2; exit 2; }
 done
-if [ ! -d "$model" ]; then
-    there=checkpoints/$model # from an earlier run, unless its download was interrupted
-    if [ ! -f "$there/config.json" ] || compgen -G "$there/.cache/huggingface/download/*.incomplete" >/dev/null; then
-        "$python" scripts/download.py "$model"
-    fi
-    model=$there
-fi
+model=$(PYTHON="$python" bash scripts/model.sh "$model")
 run training/finetune_sft.py --resume --checkpoint_path "$model" --output_dir "$out/sft" \
     --train_file "$data/sft.jsonl" --pack --max_seq_len 1024 --batch_size 64 --num_epochs 3 --learning_rate 2e-5
 run training/train_rm.py --resume --loss process --checkpoint_path "$out/sft" --output_dir "$out/prm" \

@@ -12,13 +12,7 @@ for part in train test; do
     [ -f "$out/$part.jsonl" ] || "$python" scripts/recipes/gsm8k.py --input_file "$data/$part.jsonl" \
         --output_file "$out/$part.jsonl" --max_records "${RECORDS:-10000}"
 done
-if [ ! -d "$model" ]; then
-    there=checkpoints/$model # from an earlier run, unless its download was interrupted
-    if [ ! -f "$there/config.json" ] || compgen -G "$there/.cache/huggingface/download/*.incomplete" >/dev/null; then
-        "$python" scripts/download.py "$model"
-    fi
-    model=$there
-fi
+model=$(PYTHON="$python" bash scripts/model.sh "$model")
 head -n 256 "$out/test.jsonl" >"$out/held_out.jsonl"
 "$python" training/train_grpo.py --resume --checkpoint_path "$model" --output_dir "$out/policy" \
     --prompt_file "$out/train.jsonl" --eval_prompt_file "$out/held_out.jsonl" --eval_steps 20 \

@@ -14,13 +14,7 @@ run() { "$python" -m torch.distributed.run --standalone --nproc-per-node "${GPUS
 for part in chats chats.eval pairs pairs.eval; do
     [ -f "$data/$part.jsonl" ] || { echo "$data/$part.jsonl is missing" >&2; exit 2; }
 done
-if [ ! -d "$model" ]; then
-    there=checkpoints/$model # from an earlier run, unless its download was interrupted
-    if [ ! -f "$there/config.json" ] || compgen -G "$there/.cache/huggingface/download/*.incomplete" >/dev/null; then
-        "$python" scripts/download.py "$model"
-    fi
-    model=$there
-fi
+model=$(PYTHON="$python" bash scripts/model.sh "$model")
 if [ -n "${TEMPLATE:-}" ]; then
     mkdir -p "$out/base"
     ln -sf "$(realpath "$model")"/*.json "$(realpath "$model")"/*.safetensors "$out/base"

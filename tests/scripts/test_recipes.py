@@ -89,7 +89,7 @@ def test_a_model_is_downloaded_once(recipe, tmp_path):
     """Catches a rerun that asks the Hub for the model again, and fails on a node without network, and one that takes an
     interrupted download for a model."""
     root, name = tmp_path / "repository", "org/name"
-    shutil.copytree(tiny.ROOT / "scripts/recipes", root / "scripts/recipes")
+    shutil.copytree(tiny.ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     folder = root / "checkpoints" / name
     incomplete = folder / ".cache/huggingface/download/model.safetensors.0a1b.incomplete"
     for path, downloads in ((folder / "tokenizer.json", 1), (folder / "config.json", 0), (incomplete, 1)):

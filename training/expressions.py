@@ -63,9 +63,12 @@ class _Expression:
         self.i += 1
         return True
 
-    def _expect(self, character: str) -> None:
-        if not self._take(character):
-            raise ValueError(f"{character} is missing")
+    def _sum_until(self, closing: str) -> Number:
+        """Parses a sum and the bracket that closes it."""
+        result = self._sum()
+        if not self._take(closing):
+            raise ValueError(f"{closing} is missing")
+        return result
 
     def _match(self, pattern: str) -> re.Match | None:
         self._next()
@@ -75,10 +78,9 @@ class _Expression:
 
     def _sum(self) -> Number:
         result = self._product()
-        while self._next() in ("+", "-"):
-            sign = 1 if self._take("+") else -1
-            self.i += sign < 0
-            result = bounded(result + sign * self._product())
+        while sign := self._match("[-+]"):
+            term = self._product()
+            result = bounded(result + term if sign[0] == "+" else result - term)
         return result
 
     def _product(self) -> Number:
@@ -111,9 +113,7 @@ class _Expression:
     def _argument(self) -> Number:
         """Parses the argument of a LaTeX command: in braces, one digit, or one symbol."""
         if self._take("{"):
-            result = self._sum()
-            self._expect("}")
-            return result
+            return self._sum_until("}")
         digit = self._match(r"\d")
         return Fraction(int(digit[0])) if digit else self._atom()
 
@@ -133,16 +133,13 @@ class _Expression:
                 raise ValueError("too large")
             return Fraction(number[1]) * Fraction(10) ** exponent
         if self._take("|"):
-            result = self._sum()
-            self._expect("|")
+            result = self._sum_until("|")
             if self.has_variables:  # variables are positive at all points, so |x| would equal x
                 raise ValueError("the absolute value of a variable")
             return abs(result)
         for opening, closing in ("()", "{}", "[]"):
             if self._take(opening):
-                result = self._sum()
-                self._expect(closing)
-                return result
+                return self._sum_until(closing)
         name = self._match(r"\\[A-Za-z]+|" + "|".join(WORDS) + r"|[A-Za-z]")
         if name is None:
             raise ValueError(f"not understood: {self.text[self.i :]}")
@@ -158,10 +155,7 @@ class _Expression:
                 raise ValueError("binomial coefficient")
             return Fraction(math.comb(int(n), int(k)))
         if name == "sqrt":
-            degree = Fraction(2)
-            if self._take("["):
-                degree = self._sum()
-                self._expect("]")
+            degree = self._sum_until("]") if self._take("[") else Fraction(2)
             return _raise(self._argument(), 1 / degree)
         if name == "pi":
             return math.pi

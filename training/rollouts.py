@@ -135,13 +135,18 @@ def rows_at(part: list[int], device: torch.device) -> Callable[[Tensor], Tensor]
     return lambda values: values.index_select(0, index)
 
 
-def over_ranks(rows: list[Example], function: Callable[[list[Example]], Tensor], split: Split) -> Tensor:
-    """Applies function(n rows, maybe 0) -> [n, R] to all rows, split over ranks; all get fp32 [A, R]. A collective."""
+@torch.no_grad()
+def over_ranks(
+    model: Transformer, rows: list[Example], function: Callable[[list[Example]], Tensor], split: Split
+) -> Tensor:
+    """Applies function(n rows, maybe 0) -> [n, R], which runs the model, to all rows, split over ranks; all get fp32
+    [A, R]. A collective."""
     result = None
     for part in split.numbers(rows):
         values = function([rows[i] for i in part])
         result = values.new_zeros(len(rows), values.shape[1]) if result is None else result
         result.index_copy_(0, index_on(part, values.device), values)
+    reshard(model)
     return split.sum(result)  # one rank computed each row; the others hold 0 there
 
 
@@ -163,12 +168,9 @@ def answer_logps(
     return tuple(_left_aligned(each, forward.row_labels, width) for each in values)
 
 
-@torch.no_grad()
 def all_logps(model: Transformer, rows: list[Example], width: int, split: Split, temperature: float) -> Tensor:
     """Returns answer_logps of all rows, which the ranks share, without gradient: fp32 [A, width]. A collective."""
-    logps = over_ranks(rows, lambda part: answer_logps(model, part, width, split, temperature)[0], split)
-    reshard(model)
-    return logps
+    return over_ranks(model, rows, lambda part: answer_logps(model, part, width, split, temperature)[0], split)
 
 
 def answer_values(model: Transformer, rows: list[Example], width: int, split: Split) -> Tensor:
@@ -178,12 +180,9 @@ def answer_values(model: Transformer, rows: list[Example], width: int, split: Sp
     return _left_aligned(values, forward.row_labels, width)
 
 
-@torch.no_grad()
 def all_values(critic: Transformer, rows: list[Example], width: int, split: Split) -> Tensor:
     """Returns answer_values of all rows, as all_logps."""
-    values = over_ranks(rows, lambda part: answer_values(critic, part, width, split), split)
-    reshard(critic)
-    return values
+    return over_ranks(critic, rows, lambda part: answer_values(critic, part, width, split), split)
 
 
 # ----------------------------------------------------------------------------------------- metrics

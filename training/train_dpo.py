@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 
 from models.adapters import choose_lora
 from models.checkpoint import open_folder
@@ -41,6 +40,7 @@ from models.fsdp import (
     load_frozen,
     loss_scale,
     reducing_gradients,
+    reshard,
     split_batch,
 )
 from models.lora import Lora
@@ -219,8 +219,7 @@ def precompute_with(reference: Transformer, splits: Splits, cache: ReferenceCach
     """Writes the reference's log-probs into the pairs of each split. A collective."""
     for name, (pairs, batches) in splits.items():
         precompute(lambda rows: pair_logps(reference, rows, split)[0], name, pairs, batches, cache, split)
-    if isinstance(reference, FSDPModule):
-        reference.reshard()  # else the next forward would use the head and the embedding that were gathered here
+    reshard(reference)  # else the next forward would use the head and the embedding that were gathered here
 
 
 def reference_note(args: DpoArgs, scheme: Schemes | None) -> str:

@@ -182,8 +182,6 @@ def open_frozen(args, policy: Folder, runtime: Runtime, *, reference: bool = Tru
     if reference:
         check_reader("reference", path, policy, args)
         ref_scheme = frozen_scheme(path, "quantize_ref", args, runtime)
-    if reward and reward.same_tokenizer:
-        check_reader("reward model", reward.folder.path, policy, args)
     return Frozen(path, ref_scheme, reward, reward_scheme)
 
 

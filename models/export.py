@@ -20,11 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.checkpoint import folder_config, hf_name, open_folder
+from models.checkpoint import Folder, folder_config, hf_name, open_folder
 from models.checksums import THREADS, WEIGHTS_KEY, tensor_digest, write_checksums
 from models.common import dtype_name, is_main_rank
 from models.files import COPIED_FILES, naming_file, read_json_object, sync
-from models.pad_token import named_pad_token, pad_changes
+from models.pad_token import choose_pad_token, named_pad_token, pad_changes
+from models.reward import scalar_head_config
 
 MAX_SHARD_BYTES = 5_000_000_000
 STAGING = ".export.partial"
@@ -104,6 +105,14 @@ def files_of_export(start: Path, config: dict | None, json_changes: dict[str, di
             changes |= pad_changes(start, pad)
         changes["generation_config.json"] = changes.get("generation_config.json", {}) | began.generation_changes()
     return {"config": config, "copy_from": start, "json_changes": changes}
+
+
+def scalar_head_files(folder: Folder, start: Path) -> tuple[dict, dict[str, dict]]:
+    """Returns (config.json, json_changes of save_folder) for a model with a scalar head that begins in the folder
+    `start`, with a pad token that no row of the tokenizer's folder ends in. Read at the start of a run, since the
+    folders may be gone at its end."""
+    pad = choose_pad_token(folder)
+    return scalar_head_config(folder_config(start), pad.id), pad_changes(folder.path, pad)
 
 
 def complete_export(folder: Path) -> None:

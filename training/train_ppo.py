@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from models.adapters import choose_lora
-from models.checkpoint import Folder, folder_config, open_folder
+from models.checkpoint import open_folder
 from models.common import (
     Bounds,
     Stopwatch,
@@ -42,13 +42,12 @@ from models.common import (
     run_script,
     say,
 )
+from models.export import scalar_head_files
 from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, loss_scale, reducing_gradients, split_batch
 from models.generation import Engine
 from models.model import Transformer
-from models.pad_token import choose_pad_token, pad_changes
 from models.records import Example, Split
 from models.resting import resting
-from models.reward import scalar_head_config
 from models.shared_base import as_reference
 from training.critic import CriticArgs, choose_critic, critic_note, load_with_critic
 from training.divergence import Divergence, DivergenceArgs
@@ -128,7 +127,7 @@ def main(args: PpoArgs) -> None:
     functions = load_reward_functions(args)
     frozen = open_frozen(args, folder, runtime)
     value_path = choose_critic(args, folder, runtime, lora, frozen.reward)
-    critic_files = files_of_critic(folder, value_path)
+    critic_files = scalar_head_files(folder, value_path)
     data = load_prompt_files(args, folder)
     frozen.check_prompts(data)
     check_context("critic", value_path, data.longest, lower="--max_new_tokens")
@@ -264,13 +263,6 @@ def check_flags(args: PpoArgs) -> None:
         raise ValueError("--whiten_rewards would not scale the KL of --kl_in loss; take --kl_in reward")
 
 
-def files_of_critic(folder: Folder, value_path: Path) -> tuple[dict, dict[str, dict]]:
-    """Returns (the critic's config.json, changes to the other files), with a pad token that no row ends in. Read before
-    the run begins, since the folders may be gone at its end. value_path: the critic's start folder."""
-    pad = choose_pad_token(folder)
-    return scalar_head_config(folder_config(value_path), pad.id), pad_changes(folder.path, pad)
-
-
 def export(
     run: Run,
     policy: Transformer,
@@ -278,7 +270,7 @@ def export(
     critic_files: tuple[dict, dict[str, dict]],
     subfolder: Path = Path(),
 ) -> None:
-    """Writes the policy and the critic. critic_files: see files_of_critic."""
+    """Writes the policy and the critic. critic_files: of scalar_head_files."""
     config, changes = critic_files
     run.export(critic, config, json_changes=changes, what="critic", subfolder=str(subfolder / "critic"))
     run.export(policy, what="policy", subfolder=str(subfolder))

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from models.adapters import SCORE, choose_lora
-from models.checkpoint import Folder, folder_config, has_score_head, open_folder
+from models.checkpoint import Folder, has_score_head, open_folder
 from models.common import card, choose_runtime, flag, non_negative, refuse_idle, run_script, say, with_newlines
 from models.dropout import new_dropout
+from models.export import scalar_head_files
 from models.forward import forward_rows
 from models.fsdp import (
     ParallelArgs,
@@ -39,10 +40,9 @@ from models.fsdp import (
     split_batch,
 )
 from models.model import Transformer
-from models.pad_token import choose_pad_token, pad_changes
 from models.record_files import Record
 from models.records import EncodingCounts, Limits, Split
-from models.reward import Pair, Scored, read_reward_kind, rows_to_score, scalar_head_config, sides_are_equal
+from models.reward import Pair, Scored, read_reward_kind, rows_to_score, sides_are_equal
 from models.rows import Rows, Store
 from models.tokenizer import Tokenizer
 from models.transfer import index_on, to_device
@@ -91,8 +91,7 @@ def main(args: RmArgs) -> None:
     has_head = has_score_head(args.checkpoint_path) or (lora is not None and SCORE in lora.values)
     new_score = None if has_head else initial_score(folder.config.hidden_size, args.seed)
     check_loadable(args.checkpoint_path, args, runtime, head="score", new_score=new_score, lora=lora)
-    pad = choose_pad_token(folder)  # read now: the folder may be gone at the end
-    config, changes = scalar_head_config(folder_config(args.checkpoint_path), pad.id), pad_changes(folder.path, pad)
+    config, changes = scalar_head_files(folder, args.checkpoint_path)
     train, evaluation, notes = load_rows(args, folder, partial(encode_file, args), describe)
     total_steps = args.total_steps(len(train))
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
@@ -325,7 +324,7 @@ def export(
     run: Run, model: Transformer, config: dict, changes: dict[str, dict], rewards: Tensor, subfolder: str = ""
 ) -> None:
     """Writes the reward model, with a config.json that says where the reward is read, with its mean and std. Ends the
-    run if they are not finite. config, changes: with a pad token that no row ends in; rewards: of the statistics."""
+    run if they are not finite. config, changes: of scalar_head_files; rewards: of the statistics."""
     args = run.args
     mean, std = rewards.double().mean().item(), rewards.double().std(correction=0).item()
     if not math.isfinite(mean + std):

@@ -49,11 +49,9 @@ class Divergence:
         advice = f"{slower}, {self.flags}, --temperature: near log V the policy samples at random"
         self._warn(step, "entropy of a token", entropy, self.most_entropy, advice)
         if all_alike:
-            equal = (
-                "the rewards of each group are equal, so they teach nothing; if this goes on, check how answers are "
-            )
-            equal += "rewarded, or try a higher --temperature, more --num_generations, --max_resamples"
-            self._say_once(step, "rewards", equal)
+            equal = "the rewards of each group are equal, so they teach nothing; if this goes on, check how answers are"
+            advice = "rewarded, or try a higher --temperature, more --num_generations, --max_resamples"
+            self._say_once(step, "rewards", f"{equal} {advice}")
         if self.ends(kl):
             self.stop.fail(
                 f"--stop_kl {self.stop_kl}: the KL of update {step} is {kl:.4g}; take an earlier model of "

@@ -318,9 +318,8 @@ class Scorer:
             if not (known[i] and all(map(math.isfinite, values))):
                 place = prompts[i].where or f"answer {i}"
                 why = "the reward model's score is not finite; its weights are broken, or it overflows in this dtype"
-                why = (
-                    why if known[i] else f"the answer holds token id {highest[i]}, which the reward model does not have"
-                )
+                if not known[i]:
+                    why = f"the answer holds token id {highest[i]}, which the reward model does not have"
                 grades.append(Grade(math.nan, f"--reward_checkpoint_path: {place}: {why}"))
             elif kind.separator is None:
                 grades.append(Grade((values[0] - mean) / std))

@@ -137,10 +137,10 @@ class EvalSamples:
         try:
             copy = copy_for_inference(model, pack=can_pack(runtime))
         except torch.OutOfMemoryError as error:
-            what = (
+            raise torch.OutOfMemoryError(
                 "for samples at evaluations each rank has a copy of the model, or of its part of --tensor_parallel_size"
-            )
-            raise torch.OutOfMemoryError(f"{what}; --num_eval_samples 0 turns them off; {error}") from None
+                f"; --num_eval_samples 0 turns them off; {error}"
+            ) from None
         self.engine = Engine(
             copy,
             SamplingParams(args.eval_temperature, seed=run.args.seed, stop_token_ids=folder.eos_token_ids),

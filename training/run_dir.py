@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -25,42 +24,38 @@ from tqdm import tqdm
 
 from models.adapters import LoraArgs, adapter_tensors, check_base_is_the_same, remove_merged, write_adapter
 from models.checkpoint import MERGED, ModelArgs, stored_dtype
-from models.checksums import CHECKSUMS
 from models.common import (
     DTYPES,
     Stopwatch,
     at_least_one,
     choose_runtime,
     close_bars,
-    dtype_name,
     flag,
     is_main_rank,
     non_negative,
     on_main,
     peak_memory,
     progress_bar,
-    refuse_idle,
     say,
 )
-from models.export import INDEX, WEIGHTS, CannotHold, complete_export, files_of_export, save_folder
-from models.files import COPIED_FILES, read_json_object, write_json
-from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, small_fingerprint
+from models.export import CannotHold, complete_export, files_of_export, save_folder
+from models.files import write_json
+from models.fingerprint import small_fingerprint
 from models.fsdp import full_tensors, start_ranks
 from models.gpu import mean_length, peaks
-from models.identity import AcceptArgs, begun_with, changed_flags, check_ranks_agree
+from models.identity import AcceptArgs, check_ranks_agree
 from models.model import Transformer
-from models.shared import check_free, check_shared, check_writable, hold
-from models.tokenizer import chat_day
-from training.checkpoints import CheckpointWriter, all_fit, check_checkpoints_are_there, load_newest_checkpoint
+from models.shared import check_free, check_shared, hold
+from training.checkpoints import CheckpointWriter, all_fit, load_newest_checkpoint
 from training.data import ORDER, order_flags
 from training.metrics import UNFINISHED, Metrics, check_installed, logged, read_unfinished
+from training.output_dir import CHANGED_AFTER, prepare_output_dir
 from training.stop import Stop, any_rank, drop_what_nobody_reads
 
 # Time between checkpoints without --save_steps. Not a number of steps, since a step takes from milliseconds to minutes:
 # whatever the model, a failure costs at most 15 minutes, and writing a 7B model's 80 GB takes under 5 % of that time.
 SAVE_SECONDS = 15 * 60
 Batches = Iterator[tuple[int, list[int]]]  # (step, indices of its records)
-CHANGED_AFTER = "changed_after_step"  # in args.json: {flag changed with --accept_changed: step of the checkpoint then}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,48 +438,3 @@ class Run:
         if failure := on_main(lambda: failure):
             fail(failure)
         say(f"{target}: {what} written; {size}")
-
-
-# ------------------------------------------------------------------------------------------- flags
-
-
-def prepare_output_dir(args: RunArgs) -> tuple[date, dict, frozenset[str]]:
-    """Returns (the date of the run, the contents of its args.json, the flags in which a resumed run differs). Raises
-    ValueError if the folder holds another run, or a flag differs that --accept_changed does not name."""
-    folder = args.output_dir
-    if args.uses_lora and not args.merge:
-        refuse_idle(args, "with --no-merge: adapters are float32", "export_dtype")
-    earlier = read_json_object(folder / "args.json", missing_ok=True) if args.resume else {}
-    today = chat_day(args.chat_date, earlier.get("chat_date"))
-    check_output_dir(folder)
-    if not args.resume and args.accept_changed:
-        raise ValueError("--accept_changed is for a run that goes on with --resume")
-    if not args.resume and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--output_dir {folder}: is not empty; take another, or go on with --resume")
-    models = ("config.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-    if any((folder / name).exists() for name in models) and not (folder / "args.json").exists():
-        raise ValueError(f"--output_dir {folder}: holds a model, which would be overwritten, and no run to --resume")
-    dtype = dtype_name(choose_runtime(replace(args, dtype=None)).dtype)  # of this device
-    args = replace(args, chat_date=today.isoformat(), dtype=args.dtype or dtype)
-    now = begun_with(args)
-    if not earlier:
-        return today, now, frozenset()
-    check_checkpoints_are_there(folder, earlier.get("save_steps"))
-    now |= {CHANGED_AFTER: earlier[CHANGED_AFTER]} if CHANGED_AFTER in earlier else {}
-    return today, now, changed_flags(args, now, earlier, f"--resume {folder}")
-
-
-def check_output_dir(folder: Path) -> None:
-    """Raises ValueError or OSError before a run starts if it could not write its results at the end."""
-    if folder.is_symlink() and not folder.exists():
-        raise ValueError(f"--output_dir {folder}: is a symbolic link to nothing")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder}: is a file")
-    exported = ("config.json", WEIGHTS, INDEX, CHECKSUMS, ADAPTER_CONFIG, ADAPTER_WEIGHTS, *COPIED_FILES)
-    for name in ("args.json", "metrics.jsonl", "samples.jsonl", *exported):
-        if (folder / name).is_dir():
-            raise ValueError(f"--output_dir {folder}: {name} is a folder, where the run writes a file")
-    subfolders = [folder / name for name in ("checkpoints", "critic", "reference", MERGED, f"critic/{MERGED}")]
-    subfolders += folder.glob("step-*")
-    for path in (folder, *subfolders):
-        check_writable(path, f"--output_dir {folder}")

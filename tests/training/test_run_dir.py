@@ -31,13 +31,10 @@ from tests.forked import Forked
 from tests.models.test_shared import answer_of, end, in_child
 from training.checkpoints import CheckpointWriter, load_newest_checkpoint
 from training.data import DataArgs
+from training.metrics import Metrics
 from training.optim import OptimArgs, make_optimizer
-from training.run_dir import (
-    Metrics,
-    Run,
-    RunArgs,
-    prepare_output_dir,
-)
+from training.output_dir import prepare_output_dir
+from training.run_dir import Run, RunArgs
 from training.train_dpo import DpoArgs
 
 

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from tests.damage import DAMAGES, flip
-from tests.training.test_run_dir import save, train_step, trained, weights
+from tests.training.test_checkpoints import save, train_step, trained, weights
 from training import manifest
 from training.checkpoints import load_newest_checkpoint
 from training.manifest import MANIFEST, METADATA, open_checkpoint, read_metadata, write_manifest

@@ -3,15 +3,6 @@
 import bisect
 import heapq
 
-from torch.distributed.device_mesh import DeviceMesh
-
-
-def own_share(count: int, dp: DeviceMesh) -> range:
-    """This rank's share of `count` items: as many as any other rank's to within one, and contiguous, so that answers to
-    one prompt stay together and share its prefill."""
-    rank, size = dp.get_local_rank(), dp.size()
-    return range(rank * count // size, (rank + 1) * count // size)
-
 
 def best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     """Indices of the sizes in groups whose sums are at most `capacity`: largest first, each into the fullest group that

@@ -28,7 +28,6 @@ from models.common import Bounds, flag, is_main_rank, non_negative, positive, sa
 from models.fsdp import reshard
 from models.functions import FunctionPlace, Grade, Grader, call_batch, load_grader, undisturbed
 from models.model import Transformer
-from models.packing import own_share
 from models.parts import encode_continuation
 from models.records import Example, Split, encode_generated
 from models.reward import (
@@ -187,7 +186,7 @@ class Scorer:
         self.weights = dict(zip(self.functions, weights if len(weights) > 1 else weights * len(functions)))
         self.weights["reward_model"] = args.reward_model_weight
         self.pooled = [name for name, function in self.functions.items() if function.per_answer]
-        self.grading: dict[int, tuple[Prompt, str, list]] = {}  # {index of an answer: (prompt, text, its futures)}
+        self.grading: dict[int, list[concurrent.futures.Future]] = {}  # {index of an answer: its grades to come}
         self.pool, self.warned, self.graded = None, set(), set()
         self.asked: list[Prompt] = []  # of this update's answers so far
         self.gave: set[str] = set()  # the per-answer functions that have graded one of them
@@ -197,10 +196,9 @@ class Scorer:
             self.pool = Pool([self.functions[name] for name in self.pooled], args)
 
     def submit(self, i: int, prompt: Prompt, text: str) -> None:
-        """Starts the per-answer functions on answer i of the current batch, which this rank has finished sampling."""
+        """Starts the per-answer functions on answer i of the next call of score(), on the rank that has sampled it."""
         if self.pool is not None:
-            grades = [self.pool.submit(j, prompt.text, text, prompt.fields) for j in range(len(self.pooled))]
-            self.grading[i] = (prompt, text, grades)
+            self.grading[i] = [self.pool.submit(j, prompt.text, text, prompt.fields) for j in range(len(self.pooled))]
 
     def close(self) -> None:
         """Ends the worker processes."""
@@ -217,8 +215,8 @@ class Scorer:
         *,
         again: bool = False,
     ) -> Scores:
-        """Returns the scores of the answers; some may have been submitted already. A collective. Ends the run if a
-        source fails and --reward_error does not allow it, or after a signal.
+        """Returns the scores of the answers, all of which have been submitted. A collective. Ends the run if a source
+        fails and --reward_error does not allow it, or after a signal.
 
         rows: the policy's, prompt and answer with labels on the answer; texts, finished: of the answers. punishment:
         a term of their rewards, fp64 [A] on the CPU. again: the answers belong to the update of the call before.
@@ -226,8 +224,7 @@ class Scorer:
         args, num_cut, grades = self.args, 0, {}
         num_tokens = torch.tensor([row.num_targets for row in rows])
         step_rewards = torch.zeros(len(rows), int(num_tokens.max()))
-        self._submit_the_rest(prompts, texts)  # workers grade them while the reward model computes
-        if self.folder is not None:
+        if self.folder is not None:  # workers grade the answers while the reward model computes
             grades["reward_model"], step_rewards, num_cut = self._ask_model(prompts, rows, texts, finished)
         columns = [prompt.text for prompt in prompts], texts, [prompt.fields for prompt in prompts]
         grades |= self._collect(len(rows))
@@ -316,11 +313,10 @@ class Scorer:
         reshard(self.model)
         for i, values in enumerate(scores):
             if not (known[i] and all(map(math.isfinite, values))):
-                place = prompts[i].where or f"answer {i}"
                 why = "the reward model's score is not finite; its weights are broken, or it overflows in this dtype"
                 if not known[i]:
                     why = f"the answer holds token id {highest[i]}, which the reward model does not have"
-                grades.append(Grade(math.nan, f"--reward_checkpoint_path: {place}: {why}"))
+                grades.append(Grade(math.nan, f"--reward_checkpoint_path: {prompts[i].where}: {why}"))
             elif kind.separator is None:
                 grades.append(Grade((values[0] - mean) / std))
             elif args.process_reward != "steps":
@@ -342,18 +338,6 @@ class Scorer:
         self.stop.check()
         return outcome[0]
 
-    def _submit_the_rest(self, prompts: list[Prompt], texts: list[str]) -> None:
-        """Submits this rank's share of the answers that no rank has submitted yet. A collective."""
-        if not self.pooled:
-            return
-        answers = list(zip(prompts, texts))
-        self.grading = {i: each for i, each in self.grading.items() if [each[:2]] == answers[i : i + 1]}
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, list(self.grading))
-        rest = sorted(set(range(len(answers))).difference(*parts))
-        for i in own_share(len(rest), self.split.dp) if self.pool is not None else ():
-            self.submit(rest[i], *answers[rest[i]])
-
     def _collect(self, num_answers: int) -> dict[str, list[Grade]]:
         """Waits for the per-answer functions and returns their grades of all answers, by function. A collective."""
         if not self.pooled:
@@ -371,8 +355,7 @@ class Scorer:
 
     def _own_grades(self) -> dict[int, list[Grade]] | str:
         """Returns the grades of the answers that this rank submitted, {} after a signal, or an error message."""
-        own = {i: futures for i, (_, _, futures) in self.grading.items()}
-        self.grading.clear()
+        own, self.grading = self.grading, {}
         waiting = {future for futures in own.values() for future in futures}
         while waiting and not self.stop.received:
             waiting = concurrent.futures.wait(waiting, timeout=0.2).not_done

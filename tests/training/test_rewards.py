@@ -236,7 +236,7 @@ def test_a_token_that_the_reward_model_lacks(separator, folder, world, tmp_path)
     _, others, _ = scores_of(texts[::2], [True] * 2)
     assert scores.isnan().tolist() == [False, True, False]
     torch.testing.assert_close(scores[::2], others, rtol=1e-5, atol=1e-5)
-    why = "--reward_checkpoint_path: answer 1: the answer holds token id 384, which the reward model does not have"
+    why = "--reward_checkpoint_path: a.jsonl:1: the answer holds token id 384, which the reward model does not have"
     with pytest.raises(ValueError, match=f"{why}; --reward_error zero or skip lets the run go on"):
         scores_of(texts, [True] * 3)
     prompts = tiny.write_records(tmp_path / "prompts.jsonl", [{"prompt": "So", "bonus": 1}, {"prompt": "[PAD]?"}])

@@ -246,15 +246,16 @@ class Scores:
 
     def __call__(self, texts, finished, functions=(), **flags):
         ids = encode_prompt("Question 1:", self.tokenizer)
-        prompts = [Prompt(ids, {"prompt": "Question 1:", "bonus": 5}, "Question 1:", "Question 1:")] * len(texts)
+        record = {"prompt": "Question 1:", "bonus": 5}
+        prompts = [Prompt(ids, record, "Question 1:", "Question 1:", "a.jsonl:1")] * len(texts)
         rows = []
         for text, ended in zip(texts, finished):
             answer = self.tokenizer.encode("Question 1:" + text)[len(ids) :] + [self.tokenizer.eos_token_id] * ended
             rows.append(Example(ids + answer, [IGNORE_INDEX] * len(ids) + answer))
         models = self.tokenizer, self.reward, self.model
         scorer = Scorer(RewardArgs(**flags), *models, list(functions), self.split, Stop())
-        for i in range(0, len(texts), 2):  # the others are graded when they are scored
-            scorer.submit(i, prompts[i], texts[i])
+        for i, (prompt, text) in enumerate(zip(prompts, texts)):
+            scorer.submit(i, prompt, text)
         self.given = scorer.score(prompts, rows, texts, finished)
         scorer.close()
         return rows, self.given.total, self.given.step_rewards

@@ -205,8 +205,6 @@ class TokenSums:
 
     def means(self, split: Split) -> dict[str, float]:
         """Returns the means over the tokens of all ranks, 0 if there are none. A collective."""
-        if not self.sums:
-            return {}
         sums = split.sum(torch.stack(list(self.sums.values())))  # [names, 2]
         return {name: total / max(1.0, count) for name, (total, count) in zip(self.sums, sums.tolist())}
 

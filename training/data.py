@@ -185,10 +185,8 @@ def order_flags(args) -> set[str]:
     return ORDER | (LENGTHS - unused) if by_length else ORDER
 
 
-def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """Returns the order of the rows in an epoch: a pure function of its arguments."""
-    if not shuffle:
-        return list(range(num_rows))
+def epoch_order(num_rows: int, *, seed: int, epoch: int) -> list[int]:
+    """Returns the shuffled order of the rows in an epoch: a pure function of its arguments."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(num_rows, generator=generator).tolist()
 
@@ -201,5 +199,5 @@ def training_batches(
     for step in range(first_step, last_step + 1):
         epoch, batch = divmod(step - 1, per_epoch)
         if batch == 0 or step == first_step:
-            order = epoch_order(num_rows, seed=seed, epoch=epoch, shuffle=shuffle)
+            order = epoch_order(num_rows, seed=seed, epoch=epoch) if shuffle else list(range(num_rows))
         yield step, order[batch * batch_size : (batch + 1) * batch_size]

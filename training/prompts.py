@@ -149,6 +149,6 @@ def prompt_numbers(num_prompts: int, first: int, count: int, *, seed: int) -> li
     """Returns the indices of the next `count` prompts after the first `first` of a run; each epoch has a new order."""
     numbers, epoch = [], first // num_prompts
     while len(numbers) < first % num_prompts + count:
-        numbers += epoch_order(num_prompts, seed=seed, epoch=epoch, shuffle=True)
+        numbers += epoch_order(num_prompts, seed=seed, epoch=epoch)
         epoch += 1
     return numbers[first % num_prompts :][:count]

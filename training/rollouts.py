@@ -125,7 +125,7 @@ def as_rows(prompts: list[Prompt], answers: list[Answer], device: torch.device) 
 def minibatches(args: RolloutArgs, step: int, num_passes: int) -> Iterator[list[int]]:
     """Yields the indices of the answers of each optimizer step of an update, for num_passes passes over all answers."""
     for number in range((step - 1) * num_passes, step * num_passes):
-        order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
+        order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number)
         yield from (order[i : i + args.step_size] for i in range(0, len(order), args.step_size))
 
 

@@ -112,7 +112,7 @@ def main(args: RmArgs) -> None:
     }
     say(card("train_rm", about))
 
-    order = epoch_order(len(train), seed=args.seed, epoch=0, shuffle=True)
+    order = epoch_order(len(train), seed=args.seed, epoch=0)
     statistics_rows = evaluation or [train[i] for i in order[:MOST_STATISTICS]]
 
     def finish(metrics: dict[str, float]) -> Tensor | None:

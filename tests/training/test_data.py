@@ -431,14 +431,14 @@ def test_order_can_be_resumed_anywhere():
 
 def test_shuffle():
     """Catches the same order in each epoch or for each seed, and shuffling despite --no-shuffle."""
-    orders = {tuple(epoch_order(50, seed=seed, epoch=epoch, shuffle=True)) for seed in range(4) for epoch in range(4)}
+    orders = {tuple(epoch_order(50, seed=seed, epoch=epoch)) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16 and tuple(range(50)) not in orders
     assert [rows for _, rows in steps(5, 2, 1, 6, shuffle=False)] == [[0, 1], [2, 3], [4]] * 2
 
 
 def test_shuffle_is_uniform():
     """Catches a biased shuffle: over 600 seeds every row comes first about equally often."""
-    first = Counter(epoch_order(6, seed=seed, epoch=0, shuffle=True)[0] for seed in range(600))
+    first = Counter(epoch_order(6, seed=seed, epoch=0)[0] for seed in range(600))
     assert sum((first[i] - 100) ** 2 / 100 for i in range(6)) < 20.5  # chi-square, 5 degrees, p = 0.001
 
 

@@ -180,8 +180,6 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         with open(folder / METADATA, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
-    except FileNotFoundError:
-        raise ValueError(f"{METADATA} is missing") from None
     except OSError:
         raise
     except Exception as error:  # a damaged pickle may call an allowed class with any arguments and raise anything

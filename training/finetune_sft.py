@@ -79,7 +79,7 @@ def main(args: SftArgs) -> None:
     model = load_for_training(args.checkpoint_path, mesh, args, runtime, lora=lora)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
-    samples = EvalSamples(model, folder, evaluation, args, runtime, run, mesh["dp"])
+    samples = EvalSamples(model, folder, evaluation, runtime, run, mesh["dp"])
     about = {
         "model": folder if lora is None else f"{folder}; {lora}",
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",

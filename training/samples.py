@@ -28,7 +28,7 @@ from models.sampling import SamplingParams
 from models.sharing import gather_parts, shared_work
 from models.tokenizer import Tokenizer
 from training.metrics import Log
-from training.prompts import Prompt, RolloutArgs
+from training.prompts import Prompt
 from training.run_dir import Run
 from training.stop import Stop
 
@@ -120,12 +120,11 @@ class EvalSamples:
         model: Transformer,
         folder: Folder,
         rows: Iterable[Example],
-        args: SampleArgs,
         runtime: Runtime,
         run: Run,
         dp: DeviceMesh,
     ):
-        self.run, self.dp = run, dp
+        self.run, self.dp, args = run, dp, run.args  # with SampleArgs
         self.model, self.tokenizer, self.prompts = model, folder.tokenizer, prompts_of(rows, args.num_eval_samples)
         if not self.prompts:
             return
@@ -143,12 +142,12 @@ class EvalSamples:
             ) from None
         self.engine = Engine(
             copy,
-            SamplingParams(args.eval_temperature, seed=run.args.seed, stop_token_ids=folder.eos_token_ids),
+            SamplingParams(args.eval_temperature, seed=args.seed, stop_token_ids=folder.eos_token_ids),
             num_slots=min(MAX_SLOTS, -(-len(self.prompts) // dp.size())),
             max_seq_len=max(len(request.prompt_ids) + request.max_new_tokens for request in self.requests),
             tokenizer=folder.tokenizer,
         )
-        self.log = Log(run.args.output_dir / "samples.jsonl", run.last_line)
+        self.log = Log(args.output_dir / "samples.jsonl", run.last_line)
 
     def show(self) -> None:
         """Generates answers with the current weights; the main rank prints them and appends them to samples.jsonl."""
@@ -209,9 +208,9 @@ def block(line: dict) -> str:
 class SampleLog:
     """Writes all held-out answers of each evaluation to samples.jsonl, and prints a few."""
 
-    def __init__(self, args: RolloutArgs, run: Run, tokenizer: Tokenizer):
-        self.run, self.tokenizer, self.count = run, tokenizer, args.num_eval_samples
-        if args.eval_prompt_file:
+    def __init__(self, run: Run, tokenizer: Tokenizer):
+        self.run, self.tokenizer, self.count = run, tokenizer, run.args.num_eval_samples
+        if run.args.eval_prompt_file:
             self.log = Log(run.args.output_dir / "samples.jsonl", run.last_line)
 
     def show(self, prompts: list[Prompt], texts: list[str], finished: list[bool], **columns: Tensor) -> None:

@@ -105,7 +105,7 @@ def main(args: DpoArgs) -> None:
     model, reference = load_models(args, mesh, runtime, lora, ref_scheme, splits if total_steps else {}, split)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
-    samples = EvalSamples(model, folder, (pair.chosen for pair in evaluation), args, runtime, run, mesh["dp"])
+    samples = EvalSamples(model, folder, (pair.chosen for pair in evaluation), runtime, run, mesh["dp"])
     about = {
         "model": f"{folder}, --loss {args.loss}, --beta {args.beta}" + (f"; {lora}" if lora else ""),
         "reference": reference_note(args, ref_scheme),

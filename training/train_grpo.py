@@ -134,7 +134,7 @@ def main(args: GrpoArgs) -> None:
     if run.first_step > 1 and "reward_fn" not in run.changed:  # without grades no update is completed
         scorer.graded.update(scorer.pooled)
     engine = make_engine(policy, folder, args, max_seq_len=data.longest, dp_size=dp_size, runtime=runtime)
-    sample_log = SampleLog(args, run, folder.tokenizer)
+    sample_log = SampleLog(run, folder.tokenizer)
     about = {
         "policy": folder if lora is None else f"{folder}; {lora}",
         **frozen.notes(args),

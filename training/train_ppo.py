@@ -151,7 +151,7 @@ def main(args: PpoArgs) -> None:
         scorer.graded.update(scorer.pooled)
     sizes = {"max_seq_len": data.longest, "dp_size": dp_size}
     engine = make_engine(policy, folder, args, **sizes, runtime=runtime, critic=critic)
-    sample_log = SampleLog(args, run, folder.tokenizer)
+    sample_log = SampleLog(run, folder.tokenizer)
     about = {
         "policy": folder if lora is None else f"{folder}; {lora}",
         "critic": critic_note(args, value_path),

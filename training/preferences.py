@@ -90,7 +90,6 @@ def encode_scored_file(
 ) -> tuple[Rows, EncodingCounts]:
     """Encodes all records of a file as rows, see encode_pointwise_record and encode_process_record. check(record) may
     raise a ValueError."""
-    assert kind in ("pointwise", "process")
     cut = partial(cut_completion if kind == "pointwise" else cut_steps, max_seq_len=limits.max_seq_len)
 
     def encode(record: Record) -> tuple[Scored, EncodingCounts]:

@@ -12,6 +12,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from models.functions import call_batch, load_grader, undisturbed
 from models.workers import GradingArgs, Pool, _Dispatcher, _Worker
@@ -284,6 +285,17 @@ def test_an_alarm_ends_with_its_call(tmp_path):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_functions_that_take_another_gpu(monkeypatch):
+    """Catches a run that goes on, on the GPU that a reward function has made the current one."""
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    with undisturbed():
+        torch.cuda.set_device(1)
+    assert current == [0, 1, 0]
 
 
 def test_a_file_that_is_edited_meanwhile(tmp_path):

@@ -1,5 +1,5 @@
-"""training/finetune_sft.py against a plain loop over transformers' model. Kills, resumes, refusals:
-test_finetune_sft_runs.py.
+"""training/finetune_sft.py against a plain loop over transformers' model. Kills and resumes: test_finetune_sft_runs.py;
+refusals: test_finetune_sft_refusals.py.
 
 The reference runs rows one by one without padding and takes one mean over all targets of an optimizer step.
 """

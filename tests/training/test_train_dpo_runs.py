@@ -17,7 +17,8 @@ from models.checkpoint import open_folder
 from tests import tiny
 from tests.forked import Forked
 from tests.training.test_finetune_sft import assert_same_weights, weights_of
-from tests.training.test_finetune_sft_runs import copy_with, deterministic, stop_after
+from tests.training.test_finetune_sft_refusals import copy_with
+from tests.training.test_finetune_sft_runs import deterministic, stop_after
 from tests.training.test_train_dpo import RECORDS, SCRIPT, flags, metrics_of, train
 from training import reference, train_dpo
 from training.data import training_batches

@@ -19,7 +19,7 @@ import torch
 
 from models.adapters import choose_lora
 from models.checkpoint import open_folder
-from models.common import card, choose_runtime, flag, run_script, say
+from models.common import card, flag, run_script, say
 from models.dropout import new_dropout
 from models.forward import forward_rows
 from models.fsdp import (
@@ -61,7 +61,7 @@ def main(args: SftArgs) -> None:
     run = Run(args)
 
     # load: the data first, so that a mistake in it shows before the model is loaded
-    runtime = choose_runtime(args)
+    runtime = run.runtime
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
     lora = choose_lora(args, args.checkpoint_path, runtime)
     check_loadable(args.checkpoint_path, args, runtime, lora=lora)
@@ -78,8 +78,8 @@ def main(args: SftArgs) -> None:
     split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)
     model = load_for_training(args.checkpoint_path, mesh, args, runtime, lora=lora)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
-    run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
-    samples = EvalSamples(model, folder, evaluation, runtime, run, mesh["dp"])
+    run.begin(model, optimizer, total_steps=total_steps)
+    samples = EvalSamples(model, folder, evaluation, run, mesh["dp"])
     about = {
         "model": folder if lora is None else f"{folder}; {lora}",
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",

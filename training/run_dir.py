@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -114,7 +113,8 @@ class Run:
     run.export(model)
 
     A signal, or an error that all ranks raise, ends the run at one of these calls or in run.stop.check, which save the
-    state first. step, numbers: the current step and its records; first_step: the one to start with, counted from 1.
+    state first. runtime: the device, dtype and compilation that the flags choose; today: the date for chat templates.
+    step, numbers: the current step and its records; first_step: the one to start with, counted from 1.
     interrupted: whether the unfinished step has no line yet, rather than one without an evaluation. last_line: the step
     up to which logs are kept, -1 for a new run. num_tokens: processed so far; speed() adds to it.
     changed: the flags in which a resumed run differs from its checkpoint, as --accept_changed allows.
@@ -125,7 +125,8 @@ class Run:
         than rank 0. A collective."""
         self.stop = Stop()
         self.stop.listen()
-        start_ranks(choose_runtime(args).device)
+        self.runtime = choose_runtime(args)
+        start_ranks(self.runtime.device)
         on_main(lambda: check_installed(args.report_to))
         check_shared(args.output_dir, f"--output_dir {args.output_dir}")
         self.today, self._begun_with, self.changed = on_main(lambda: prepare_output_dir(args))
@@ -135,15 +136,7 @@ class Run:
         self._evaluated, self._line = None, None  # metrics of a step in evaluation, and of one that may export
         self.args, self.num_tokens = replace(args, chat_date=self.today.isoformat()), 0
 
-    def begin(
-        self,
-        model: nn.Module,
-        optimizer,
-        *,
-        total_steps: int,
-        device: torch.device,
-        order: set[str] | None = None,
-    ) -> None:
+    def begin(self, model: nn.Module, optimizer, *, total_steps: int, order: set[str] | None = None) -> None:
         """With --resume restores model and optimizer (or a list of optimizers) from the newest checkpoint, except for
         settings such as the learning rate, which come from the flags. Writes args.json. order: the flags that determine
         which records a step takes; default: order_flags. Raises ValueError if the run has already taken more than
@@ -160,7 +153,7 @@ class Run:
         for name in sorted(self.changed & (order or order_flags(args))) if done else ():
             how = "changed" if name in ORDER else "may have changed"
             say(f"--{name} {how} which records a step takes: some of this epoch are repeated or left out")
-        self.first_step, self.total_steps, self.device = done + 1, total_steps, device
+        self.first_step, self.total_steps = done + 1, total_steps
         self.step, self.numbers, self._unit, self._bar = done, [], "step", None
         self.unfinished, self.interrupted = on_main(lambda: read_unfinished(args.output_dir, done, total_steps))
         self.last_line = done - bool(self.unfinished) if done else -1
@@ -204,7 +197,7 @@ class Run:
     def _loop(self, batches: Batches, unit: str) -> Batches:
         self._forget_unfinished()
         self._line = None
-        self._watch, self._unit = Stopwatch(self.device), unit
+        self._watch, self._unit = Stopwatch(self.runtime.device), unit
         self._bar = progress_bar(total=self.total_steps, initial=self.first_step - 1, desc="training", unit=unit)
         for self.step, self.numbers in batches:
             drop_what_nobody_reads()
@@ -348,7 +341,7 @@ class Run:
         self.num_tokens += sum(lengths)
         rate = sum(lengths) / self._watch.lap()
         metrics = {"num_tokens": self.num_tokens, "tokens_per_second": rate}
-        peak = peaks(self.device)
+        peak = peaks(self.runtime.device)
         if peak is not None:
             flops_of = partial(model.config.training_flops_per_token, mean_length(lengths))
             logits = num_targets / sum(lengths)
@@ -397,7 +390,7 @@ class Run:
         config.json; default: those of --checkpoint_path, with its tokenizer's pad token and all stop tokens filled in.
         json_changes: changes to the other files copied from there, see save_folder."""
         folder, start = self.args.output_dir / subfolder, self.args.checkpoint_path
-        size = f"peak memory {peak_memory(self.device) / 1e9:,.2f} GB"
+        size = f"peak memory {peak_memory(self.runtime.device) / 1e9:,.2f} GB"
         drop_what_nobody_reads()
         self.check_weights(model)
         self._check_start(model)

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.chats import Chat, content_of
 from models.checkpoint import Folder
-from models.common import Runtime, at_least_one, flag, is_main_rank, non_negative
+from models.common import at_least_one, flag, is_main_rank, non_negative
 from models.decode import can_pack, copy_for_inference
 from models.generation import Completion, Engine, Request
 from models.model import Transformer
@@ -120,7 +120,6 @@ class EvalSamples:
         model: Transformer,
         folder: Folder,
         rows: Iterable[Example],
-        runtime: Runtime,
         run: Run,
         dp: DeviceMesh,
     ):
@@ -134,7 +133,7 @@ class EvalSamples:
             for idx, prompt in enumerate(self.prompts)
         ]
         try:
-            copy = copy_for_inference(model, pack=can_pack(runtime))
+            copy = copy_for_inference(model, pack=can_pack(run.runtime))
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(
                 "for samples at evaluations each rank has a copy of the model, or of its part of --tensor_parallel_size"

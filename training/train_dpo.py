@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.adapters import choose_lora
 from models.checkpoint import open_folder
-from models.common import Runtime, card, choose_runtime, flag, refuse_idle, run_script, say
+from models.common import Runtime, card, flag, refuse_idle, run_script, say
 from models.dropout import new_dropout
 from models.forward import forward_rows
 from models.fsdp import (
@@ -84,7 +84,7 @@ def main(args: DpoArgs) -> None:
     run = Run(args)
 
     # load: the data first, so that a mistake in it shows before the model is loaded
-    runtime = choose_runtime(args)
+    runtime = run.runtime
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
     own_reference = args.ref_checkpoint_path is None and args.loss not in REFERENCE_FREE and not args.precompute_ref
     lora = choose_lora(args, args.checkpoint_path, runtime, with_reference=own_reference)
@@ -104,8 +104,8 @@ def main(args: DpoArgs) -> None:
         splits["eval"] = (evaluation, eval_batches(evaluation, args.batch_size))
     model, reference = load_models(args, mesh, runtime, lora, ref_scheme, splits if total_steps else {}, split)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
-    run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
-    samples = EvalSamples(model, folder, (pair.chosen for pair in evaluation), runtime, run, mesh["dp"])
+    run.begin(model, optimizer, total_steps=total_steps)
+    samples = EvalSamples(model, folder, (pair.chosen for pair in evaluation), run, mesh["dp"])
     about = {
         "model": f"{folder}, --loss {args.loss}, --beta {args.beta}" + (f"; {lora}" if lora else ""),
         "reference": reference_note(args, ref_scheme),

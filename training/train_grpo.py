@@ -32,7 +32,6 @@ from models.common import (
     Stopwatch,
     at_least_one,
     card,
-    choose_runtime,
     flag,
     non_negative,
     refuse_idle,
@@ -109,7 +108,7 @@ def main(args: GrpoArgs) -> None:
     run = Run(args)
 
     # load: files and settings first, so that a mistake in them shows before the models are loaded
-    runtime = choose_runtime(args)
+    runtime = run.runtime
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
     own_reference = args.beta > 0 and args.ref_checkpoint_path is None
     lora = choose_lora(args, args.checkpoint_path, runtime, with_reference=own_reference)
@@ -130,7 +129,7 @@ def main(args: GrpoArgs) -> None:
     for name in ("num_prompts", "num_tokens"):
         trained.register_buffer(name, torch.zeros((), dtype=torch.int64))
     order = order_flags(args) - {"rollout_batch_size"}  # of any size, an update goes on after num_prompts
-    run.begin(trained, optimizer, total_steps=args.total_steps, device=runtime.device, order=order)
+    run.begin(trained, optimizer, total_steps=args.total_steps, order=order)
     if run.first_step > 1 and "reward_fn" not in run.changed:  # without grades no update is completed
         scorer.graded.update(scorer.pooled)
     engine = make_engine(policy, folder, args, max_seq_len=data.longest, dp_size=dp_size, runtime=runtime)

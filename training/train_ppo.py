@@ -33,7 +33,6 @@ from models.common import (
     Stopwatch,
     at_least_one,
     card,
-    choose_runtime,
     flag,
     fraction,
     non_negative,
@@ -120,7 +119,7 @@ def main(args: PpoArgs) -> None:
     run = Run(args)
 
     # load: files and settings first, so that a mistake in them shows before the models are loaded
-    runtime = choose_runtime(args)
+    runtime = run.runtime
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
     own_reference = args.ref_checkpoint_path is None
     lora = choose_lora(args, args.checkpoint_path, runtime, with_critic=args.shared_base, with_reference=own_reference)
@@ -144,7 +143,7 @@ def main(args: PpoArgs) -> None:
     trained = nn.ModuleDict({"policy": policy, "critic": critic})  # one checkpoint holds both and these buffers
     trained.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))
     trained.register_buffer("num_tokens", torch.zeros((), dtype=torch.int64))
-    run.begin(trained, [optimizer, value_optimizer], total_steps=args.total_steps, device=runtime.device)
+    run.begin(trained, [optimizer, value_optimizer], total_steps=args.total_steps)
     if args.kl_target is None or "kl_coef" in run.changed:
         trained.kl_coef.fill_(args.kl_coef)
     if run.first_step > 1 and "reward_fn" not in run.changed:  # without grades no update is completed

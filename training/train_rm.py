@@ -25,7 +25,7 @@ from torch import Tensor
 
 from models.adapters import SCORE, choose_lora
 from models.checkpoint import Folder, has_score_head, open_folder
-from models.common import card, choose_runtime, flag, non_negative, refuse_idle, run_script, say, with_newlines
+from models.common import card, flag, non_negative, refuse_idle, run_script, say, with_newlines
 from models.dropout import new_dropout
 from models.export import scalar_head_files
 from models.forward import forward_rows
@@ -85,7 +85,7 @@ def main(args: RmArgs) -> None:
     run = Run(args)
 
     # load: the data first, so that a mistake in it shows before the model is loaded
-    runtime = choose_runtime(args)
+    runtime = run.runtime
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
     lora = choose_lora(args, args.checkpoint_path, runtime)
     has_head = has_score_head(args.checkpoint_path) or (lora is not None and SCORE in lora.values)
@@ -100,7 +100,7 @@ def main(args: RmArgs) -> None:
     split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)
     model = load_for_training(args.checkpoint_path, mesh, args, runtime, head="score", new_score=new_score, lora=lora)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
-    run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
+    run.begin(model, optimizer, total_steps=total_steps)
     about = {
         "model": f"{folder}, {'its own' if has_head else 'a new'} head{moved(args, folder)}, --loss {args.loss}"
         + (f"; {lora}" if lora else ""),

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.common import Runtime
 from models.compressed import linear_layers
 from models.lora import Lora, add_adapters
 from models.model import ModelConfig, Transformer
@@ -113,7 +114,8 @@ def test_mfu(kind, beside, folder, monkeypatch):
             add_adapters(ours, Lora(1, 2.0, False, 0.0, layers, None, {}, Path(), "", 0))
     monkeypatch.setattr(run_dir, "peaks", lambda device: (1e9, 1e9))
     monkeypatch.setattr(run_dir.dist, "get_world_size", lambda: 8)
-    run = types.SimpleNamespace(num_tokens=0, device=None, _watch=types.SimpleNamespace(lap=lambda: 2.0))
+    run = types.SimpleNamespace(num_tokens=0, runtime=Runtime(None, None, False))
+    run._watch = types.SimpleNamespace(lap=lambda: 2.0)
     metrics = run_dir.Run.speed(run, ours, [16] * 4, 4 * 4 if kept else 0, beside=beside)
     flops = counter.get_total_flops() + beside * forward.get_total_flops()
     assert metrics["tokens_per_second"] == 4 * 16 / 2 and run.num_tokens == 4 * 16

@@ -16,8 +16,6 @@ from datetime import date
 from itertools import islice
 from pathlib import Path
 
-import torch.distributed as dist
-
 from models.chat_template import ChatTemplate
 from models.common import is_main_rank, on_main
 from models.files import naming_file, read_json_object, write_json, write_whole
@@ -25,7 +23,7 @@ from models.identity import begun_with, changed_flags
 from models.record_files import Record
 from models.records import naming, require
 from models.shared import check_free, check_writable, hold
-from models.sharing import wait_for_all_ranks
+from models.sharing import several_ranks, wait_for_all_ranks
 from models.tokenizer import chat_day
 
 
@@ -185,7 +183,7 @@ class LineWriter:
 
     def __enter__(self) -> "LineWriter":
         on_main(self._begin)
-        if self.active and not _several_ranks():
+        if self.active and not several_ranks():
             self.file = open(self.output_file, "ab")
         return self
 
@@ -208,7 +206,7 @@ class LineWriter:
         if self.file is not None:
             with naming_file(self.output_file):  # closing retries a write that failed on a full disk
                 self.file.close()
-        if error is None and _several_ranks():
+        if error is None:
             wait_for_all_ranks()  # other ranks may still be writing
         if is_main_rank():
             self.lock_file.unlink()
@@ -225,10 +223,6 @@ def _append(path: Path, line: bytes) -> None:
         except BaseException:
             file.truncate(size)
             raise
-
-
-def _several_ranks() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextlib.contextmanager

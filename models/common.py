@@ -39,7 +39,7 @@ from models.cpu_linear import has_bf16_products
 from models.gpu import compiles_for_cpu, has_triton
 from models.limits import num_cores
 from models.malloc import keep_freed_memory
-from models.sharing import leave_together, wait_for_all_ranks
+from models.sharing import leave_together, several_ranks, wait_for_all_ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -479,7 +479,7 @@ def on_main(function: Callable[[], object]) -> object:
             result = function()
         except (ValueError, OSError) as raised:
             error = raised
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         wait_for_all_ranks()  # hashing or writing hundreds of gigabytes may take longer than a collective's timeout
         outcome = [result, error]
         dist.broadcast_object_list(outcome, src=0)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from models.common import Flag, flag, flags_of, say
 from models.fingerprint import ADAPTER_CONFIG, digest, fingerprint
 from models.functions import FunctionPlace
-from models.sharing import wait_for_all_ranks
+from models.sharing import several_ranks, wait_for_all_ranks
 
 CONTENTS = "content_digests"  # key beside the flags: {flag: digest, or a list of digests for a list of paths}
 # Flags with these endings name a data file, a model or an adapter. Another folder is a mistake that is reported later;
@@ -96,7 +96,7 @@ def check_ranks_agree(args, begun: dict) -> None:
     """Raises ValueError, on all ranks, if one has another flag than rank 0, or other content in its files. begun:
     begun_with() of rank 0, or {} to compare no content. A collective. Of ranks that were given the same flags on one
     node, only the first reads files; paths may differ where the content is the same."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several_ranks():
         return
     own, theirs = (socket.gethostname(), os.environ.get("GROUP_RANK"), vars(args)), begun.get(CONTENTS, {})
     ranks: list = [None] * dist.get_world_size()

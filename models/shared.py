@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from models.common import exit_now, is_main_rank, on_main, say
 from models.files import naming_file
+from models.sharing import several_ranks
 
 BEAT = 5.0  # seconds between two touches
 STALE = 60.0  # seconds without a touch after which an owner on another host counts as dead
@@ -222,7 +223,7 @@ def check_writable(folder: Path, what: str) -> None:
 def check_shared(folder: Path, what: str, *, writes: bool = True) -> None:
     """Raises ValueError, on all ranks, which begins with `what`, unless each rank that writes there sees the same
     folder, or existing part of the path, as rank 0. A collective; it leaves nothing behind."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several_ranks():
         return
     token = on_main(lambda: _leave_token(folder, what))
     seen = not writes or _is_seen(token, time.monotonic() + SEEN_WITHIN)

@@ -191,10 +191,15 @@ def begin_waiting() -> None:
     _patient[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=365))]
 
 
+def several_ranks() -> bool:
+    """Whether torch.distributed has started, with more ranks than this one."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def wait_for_all_ranks() -> None:
     """Returns when all ranks are here, however long that takes: before a collective that follows uneven work. Raises
     RuntimeError if one of them ends."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         work = dist.barrier(group=_patient[0], async_op=True)
         _wait_until(work.is_completed)  # unlike work.wait(), lets signals be handled
         work.wait()
@@ -202,7 +207,7 @@ def wait_for_all_ranks() -> None:
 
 def leave_together() -> None:
     """wait_for_all_ranks() for ranks that exit after it."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         wait_for_all_ranks()
         leave(_get_default_store(), dist.get_rank(), dist.get_world_size())
 

@@ -120,7 +120,7 @@ def test_ranks_take_turns(tmp_path):
     writer = LineWriter(out, {}, active=True, num_lines=0)
 
     def write_all(rank):
-        with mock.patch.object(lines, "_several_ranks", lambda: True):
+        with mock.patch.object(lines, "several_ranks", lambda: True):
             for i in range(50):
                 writer.write({"rank": rank, "i": i, "text": "x" * 20_000})
 
@@ -132,7 +132,7 @@ def test_ranks_take_turns(tmp_path):
     if child == 0:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, size + 100))
-        with mock.patch.object(lines, "_several_ranks", lambda: True), contextlib.suppress(Exception):
+        with mock.patch.object(lines, "several_ranks", lambda: True), contextlib.suppress(Exception):
             writer.write({"text": "x" * 20_000})
             os._exit(1)
         os._exit(0)

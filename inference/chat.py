@@ -17,7 +17,6 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 
 import torch
-import torch.distributed as dist
 
 from inference.prompts import opening_of
 from inference.settings import settings_not_taken
@@ -31,7 +30,6 @@ from models.generation import Engine, PrefillArgs, Request
 from models.quantize import QuantizeArgs, choose_scheme
 from models.records import check_ids, encode_prompt
 from models.sampling import SamplingArgs
-from models.sharing import wait_for_all_ranks
 from models.streaming import StreamDecoder
 from models.tokenizer import chat_day
 from models.tp import TensorParallelArgs
@@ -77,7 +75,7 @@ def main(args: ChatArgs) -> None:
     say(f"{args.checkpoint_path} on {device_name(runtime.device)}{note}\n{HELP}")
 
     messages, turn = list(opening), 0
-    while (text := read_line()) is not None:
+    while (text := on_main(read_line)) is not None:
         command, _, rest = text.strip().partition(" ")
         if command in ("/reset", "/system"):
             if command == "/system":
@@ -99,20 +97,16 @@ def main(args: ChatArgs) -> None:
 
 
 def read_line() -> str | None:
-    """Returns the line typed at the main rank, on every rank; None at the end of input or after Ctrl-C."""
-    line = [None]
-    if is_main_rank():
-        if sys.stdin.isatty():
-            with contextlib.suppress(ImportError):  # Windows has none
-                import readline  # noqa: F401 (makes input() edit and remember lines)
+    """Returns the line that is typed; None at the end of input or after Ctrl-C."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401 (makes input() edit and remember lines)
+    print()
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
         print()
-        try:
-            line = [input("> ")]
-        except (EOFError, KeyboardInterrupt):
-            print()
-    wait_for_all_ranks()  # without a timeout, since the user may take any time
-    dist.broadcast_object_list(line, src=0)
-    return line[0]
+        return None
 
 
 def new_opening(system: str, folder: Folder, opening: list[dict]) -> list[dict]:

@@ -18,6 +18,7 @@ import torch
 
 from inference import chat as script
 from inference.chat import Shown
+from models import common
 from models.scheduler import Scheduler
 from models.tokenizer import Tokenizer
 from tests import tiny
@@ -150,9 +151,10 @@ def test_who_types_may_take_hours(monkeypatch):
     """Catches ranks that wait for the user's line inside a collective, which fails at its timeout."""
     order = []
     monkeypatch.setattr("builtins.input", lambda prompt: order.append("typed") or "hello")
-    monkeypatch.setattr(script, "wait_for_all_ranks", lambda: order.append("waited"))
-    monkeypatch.setattr(script.dist, "broadcast_object_list", lambda line, src: order.append("told"))
-    assert script.read_line() == "hello" and order == ["typed", "waited", "told"]
+    monkeypatch.setattr(common, "several_ranks", lambda: True)
+    monkeypatch.setattr(common, "wait_for_all_ranks", lambda: order.append("waited"))
+    monkeypatch.setattr(common.dist, "broadcast_object_list", lambda line, src: order.append("told"))
+    assert common.on_main(script.read_line) == "hello" and order == ["typed", "waited", "told"]
 
 
 def test_answers_stream(chat_folder):

@@ -246,8 +246,8 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
 @cache
 def _end_tokens(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     """Returns two lists of texts that end a turn: end of turn and EOS, and, if none of them is found, any special."""
-    known = [i for i in (tokenizer.end_of_turn_id, tokenizer.eos_token_id) if i is not None]
-    texts = [[tokenizer.decode([i], skip_special_tokens=False) for i in ids] for ids in (known, tokenizer.special_ids)]
+    kinds = (tokenizer.ends_of_turn, tokenizer.special_ids)
+    texts = [[tokenizer.decode([i], skip_special_tokens=False) for i in ids] for ids in kinds]
     return tuple([text for text in each if text.strip()] for each in texts)
 
 
@@ -367,9 +367,7 @@ def _as_it_stands(finder: _TurnFinder, before: str, spans: list, cut: int, token
     header = before[len(finder.rendered(len(earlier), add_generation_prompt=False)) :]
     content = content_of(message)
     content = content[_opened(content, header) :]
-    end = tokenizer.end_of_turn_id if tokenizer.end_of_turn_id is not None else tokenizer.eos_token_id
-    end = "" if end is None else tokenizer.decode([end], skip_special_tokens=False)
-    text = before + content + end
+    text = before + content + tokenizer.decode(tokenizer.ends_of_turn[:1], skip_special_tokens=False)
     return Turns(text, [*spans, (len(before), len(text))], cut)
 
 

@@ -72,8 +72,7 @@ class Folder(NamedTuple):
     def eos_token_ids(self) -> tuple[int, ...]:
         """The token ids that end an answer: those that the folder lists for generation, and those that training appends
         to answers, the chat template's end of turn and (for plain text) the tokenizer's EOS."""
-        trained = (self.tokenizer.end_of_turn_id, self.tokenizer.eos_token_id)
-        known = [i for i in trained if i is not None and i < self.config.vocab_size]
+        known = [i for i in self.tokenizer.ends_of_turn if i < self.config.vocab_size]
         return tuple(dict.fromkeys((*generation_eos_ids(self.path), *known)))
 
     def generation_changes(self) -> dict:

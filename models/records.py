@@ -298,7 +298,7 @@ def encode_answer(prompt: str | Chat, answer: object, tokenizer: Tokenizer, name
     example, counts = encode_answered(prompt, answer, tokenizer, name)
     require(example.num_targets > 0, f"the chat template writes nothing for {name}")
     learnt = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
-    end, ends = learnt[-1] + 1, (tokenizer.end_of_turn_id, tokenizer.eos_token_id)
+    end, ends = learnt[-1] + 1, tokenizer.ends_of_turn
     for stop in [i + 1 for i in reversed(learnt) if example.input_ids[i] in ends]:
         behind = [token for token in example.input_ids[stop:end] if token not in ends]
         if tokenizer.decode(behind, skip_special_tokens=False).strip():
@@ -345,8 +345,9 @@ def encode_generated(prompt: str | Chat, text: str, tokenizer: Tokenizer, *, fin
 
 def ids_at_the_end(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
     """The id that training appends to a finished answer: in chats the end of the turn, else EOS; [] without either."""
-    ends = [tokenizer.eos_token_id] if isinstance(prompt, str) else [tokenizer.end_of_turn_id, tokenizer.eos_token_id]
-    return [i for i in ends if i is not None][:1]
+    if isinstance(prompt, str):
+        return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tokenizer.ends_of_turn[:1]
 
 
 def is_sample(record: Record) -> bool:

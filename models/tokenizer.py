@@ -153,6 +153,11 @@ class Tokenizer:
         behind = "" if self.chat_template is None else self.chat_template.behind_an_answer
         return next((i for i in self.encode_plain(behind) if i in self.added_texts), None)
 
+    @property
+    def ends_of_turn(self) -> list[int]:
+        """The ids that may end an assistant's turn, as far as there are any: the chat template's own, then EOS."""
+        return [i for i in (self.end_of_turn_id, self.eos_token_id) if i is not None]
+
 
 class _Fast:
     """tokenizer.json, run by tokenizers. size: of the vocabulary; around: ids that it adds before and after a text."""

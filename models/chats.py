@@ -396,7 +396,10 @@ def _checked_rendering(chat: Chat, tokenizer: Tokenizer) -> Rendering:
     """Renders a chat and locates its messages. Raises ValueError that names a part that the template leaves out, except
     parts of the assistant's messages: templates of reasoning models drop the thoughts of earlier turns, and
     learnt_turns checks the learnt ones."""
-    template = tokenizer.needed_chat_template
+    template = tokenizer.chat_template
+    if template is None:
+        folder = tokenizer.config_path.parent
+        raise ValueError(f"{folder}: no chat template; add chat_template.jinja, or use plain text")
     rendering = template.locate(chat.messages, **chat.values)
 
     def same(messages: list[dict], **changes) -> bool:

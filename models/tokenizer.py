@@ -140,13 +140,6 @@ class Tokenizer:
         """The text that `ids` add to that of `prompt_ids`, with any character that the prompt holds only a part of."""
         return StreamDecoder(self, prompt_ids, skip_special_tokens).flush(ids)
 
-    @property
-    def needed_chat_template(self) -> ChatTemplate:
-        """The chat template; ValueError if the folder has none."""
-        if self.chat_template is None:
-            raise ValueError(f"{self.config_path.parent}: no chat template; add chat_template.jinja, or use plain text")
-        return self.chat_template
-
     @cached_property
     def end_of_turn_id(self) -> int | None:
         """The id of the token that the chat template puts at the end of an assistant's turn; None if there is none."""

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 import models.chat_template
 from models.chat_template import ChatTemplate
-from models.chats import read_chat
+from models.chats import read_chat, text_of_chat
 from models.tokenizer import Tokenizer
 from tests.file_tokenizer import FileTokenizer
 from tests.models.test_tokenizer import (
@@ -139,7 +139,7 @@ def test_bad_texts_and_chats(tmp_path):
     error_of(lambda: ours.chat_template.render(CHAT[2:], add_generation_prompt=True), folder, "roles must alternate")
     plain = Tokenizer(sentencepiece_folder(tmp_path / "b", {}))
     assert plain.chat_template is None
-    error_of(lambda: plain.needed_chat_template, tmp_path / "b", "no chat template")
+    error_of(lambda: text_of_chat(read_chat(CHAT[:1]), plain), tmp_path / "b", "no chat template")
     for template in (
         "{% for %}",
         "{{ messages[0]['role'] + 1 }}",

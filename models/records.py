@@ -277,10 +277,11 @@ def encode_parts(parts: list[tuple[str, bool]], tokenizer: Tokenizer, *, is_chat
     return Example([*chain(*ids_of)], [*chain(*labels)]), EncodingCounts(split_differently=int(not are_whole))
 
 
-def _answered(prompt: str | Chat, answer: str, tokenizer: Tokenizer) -> Encoded:
-    """Encodes a prompt and the text that follows it, without an end token."""
+def _answered(prompt: str | Chat, answer: str, tokenizer: Tokenizer, end: list[int]) -> Encoded:
+    """Encodes a prompt and the text that follows it, ended by `end`."""
     parts = [(text_of(prompt, tokenizer), False), (answer, True)]
-    return encode_parts(parts, tokenizer, is_chat=isinstance(prompt, Chat))
+    example, counts = encode_parts(parts, tokenizer, is_chat=isinstance(prompt, Chat))
+    return example.ended(end), counts
 
 
 def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False) -> Encoded:
@@ -313,13 +314,11 @@ def encode_answered(prompt: str | Chat, answer: object, tokenizer: Tokenizer, na
     refuse_messages_as_text(name, answer)
     if isinstance(prompt, str):
         require(isinstance(answer, str), f"{name} must be text where prompt is text")
-        example, counts = _answered(prompt, answer, tokenizer)
-        return example.ended(end_of_text(tokenizer)), counts
+        return _answered(prompt, answer, tokenizer, end_of_text(tokenizer))
     is_text = isinstance(answer, str)
     answer = _without_end_of_turn(answer, tokenizer) if is_text else answer
     if is_text and prompt.is_open:
-        example, counts = _answered(prompt, answer, tokenizer)
-        return example.ended(ids_at_the_end(prompt, tokenizer)), counts
+        return _answered(prompt, answer, tokenizer, ids_at_the_end(prompt, tokenizer))
     messages = [{"role": "assistant", "content": answer}] if is_text else answer
     require(isinstance(messages, list), f"{name} must be text or a list of messages, not {kind_of(answer)}")
     require(messages, f"{name} holds no message")
@@ -340,7 +339,7 @@ def encode_generated(prompt: str | Chat, text: str, tokenizer: Tokenizer, *, fin
     """The ids of the prompt and of a generated text, which no chat template rewrites; if finished, followed by the
     token that ended it: EOS, or the end of the turn."""
     end = ids_at_the_end(prompt, tokenizer) if finished else []
-    return list(_answered(prompt, text, tokenizer)[0].ended(end).input_ids)
+    return list(_answered(prompt, text, tokenizer, end)[0].input_ids)
 
 
 def ids_at_the_end(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
@@ -377,9 +376,8 @@ def encode_sample(record: Record, tokenizer: Tokenizer) -> Encoded:
     """(a line of generate.py as it was sampled, with loss on the answer and on the token that ended it, unless it ran
     out of tokens; counts)"""
     prompt, answer = get_prompt(record), get_answer(record, steps=False)
-    example, counts = _answered(prompt, answer, tokenizer)
     end = ids_at_the_end(prompt, tokenizer) if is_finished(record.fields["finish_reason"]) else []
-    return example.ended(end), counts
+    return _answered(prompt, answer, tokenizer, end)
 
 
 def get_steps(record: Record) -> list[str]:

@@ -58,7 +58,6 @@ from models.common import (
     refuse_idle,
     run_script,
     say,
-    short_bar,
 )
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
@@ -67,7 +66,7 @@ from models.gpu import mean_length, peaks
 from models.identity import AcceptArgs, check_ranks_agree
 from models.model import ModelConfig
 from models.quantize import QuantizeArgs, check_runnable, choose_scheme
-from models.records import Encoder, EncodingCounts, Record, Split, folder_limits, naming, read_records, require
+from models.records import Encoder, EncodingCounts, Record, Split, folder_limits, naming, require, tokenising
 from models.reward import (
     RewardKind,
     Scored,
@@ -182,14 +181,15 @@ def main(args: ScoreArgs) -> None:
     kind = read_reward_kind(args.checkpoint_path, files)
     check_kind(args, kind)
     check_runnable(files, folder.config, scheme, runtime, args.tensor_parallel_size, head="score")
-    load, is_given = undisturbed()(load_function), args.answer_fn is not None
-    find_answer = undisturbed()(load("--answer_fn", args.answer_fn)) if is_given else final_answer
-    records = read_records(args.data_file)
-    items, counts = encode_items(records, folder, kind, args)
+    find_answer = final_answer
+    if args.answer_fn is not None:
+        with undisturbed():
+            find_answer = undisturbed()(load_function("--answer_fn", args.answer_fn))
+    items, counts = encode_items(folder, kind, args)
     answers = [answer_of(item.record, kind.separator, find_answer) for item in items] if args.weighted_vote else []
     needed = ("reward",) if args.choosing else ()
-    done_before = partial(lines_of, [item.record for item in items], args.scored_file, needed)
-    lines = on_main(done_before) if args.resume else []
+    records = [item.record for item in items]
+    lines = on_main(lambda: lines_of(records, args.scored_file, needed)) if args.resume else []
     num_done = len(lines)
     # Windows are counted from the beginning of the file, so a record has the same neighbours after a resume.
     size = WINDOW * args.batch_size * dp_size
@@ -302,10 +302,8 @@ class Item(NamedTuple):
         return [row.input_ids for row in self.rows]
 
 
-def encode_items(
-    records: list[Record], folder: Folder, kind: RewardKind, args: ScoreArgs
-) -> tuple[list[Item], EncodingCounts]:
-    """Encodes records to rows. Returns (items, without skipped records; counts of what happened while encoding)."""
+def encode_items(folder: Folder, kind: RewardKind, args: ScoreArgs) -> tuple[list[Item], EncodingCounts]:
+    """Encodes the records to rows. Returns (items, without skipped records; counts of what happened while encoding)."""
     limit, pad = folder.max_seq_len, kind.pad_token_id
     shorten = partial(cut_completion, pad_token_id=pad) if kind.separator is None else cut_steps
 
@@ -322,7 +320,7 @@ def encode_items(
 
     encoder = Encoder(encode, cut, folder_limits(folder, args.overlong))
     items, counts = [], EncodingCounts()
-    for record in short_bar(records, "tokenising", "record"):
+    for record in tokenising(args.data_file):
         item, happened = encoder.row_of(record)
         items += [item] if item is not None else []
         counts = counts.plus(happened)

@@ -254,7 +254,7 @@ def _grade_in_batch(reward: object, where: str, completion: str) -> Grade:
 
 def awaited(result: object) -> object:
     """Returns a function's result, awaited if it is awaitable."""
-    return _event_loop().run_until_complete(_wait_for(result)) if inspect.isawaitable(result) else result
+    return _event_loop().run_until_complete(result) if inspect.isawaitable(result) else result
 
 
 @functools.cache
@@ -264,7 +264,3 @@ def _event_loop():
     import asyncio  # takes longer than all other imports of a worker process
 
     return asyncio.new_event_loop()
-
-
-async def _wait_for(value: object) -> object:
-    return await value

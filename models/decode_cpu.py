@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Attend, causal_attention
-from models.cpu_linear import Bags, FloatMatrix, has_fbgemm
+from models.cpu_linear import FloatProducts, has_fbgemm
 from models.model import Attention, Transformer
 from models.paged_cache import Cache, Chunk, places_of
 from models.pages import PAGE, pages_for
@@ -187,37 +187,26 @@ class DecodeLayers:
 
 
 class QuantizedHead(nn.Module):
-    """A language-model head in int8 on a CPU, as Bags for one row or two. The first call with more rows converts the
-    integers, which fp16 holds exactly, to a packed matrix, whose product is faster for them; weights and fp32 sums are
-    the same, and only one form of the weights is kept."""
-
-    SCHEME = Scheme("int8")
-    MOST_ROWS = 2  # 32000 x 768 as bags, packed: 0.46, 0.93 ms at one row; 0.63, 1.0 at two; 1.08, 0.99 at four
+    """A language-model head in int8 on a CPU. 32000 x 768 takes as bags, as HalfMatrix: 0.46, 0.93 ms at one row; 0.63,
+    1.0 at two; 1.08, 0.99 at four."""
 
     def __init__(self, weight: Tensor):
         """weight: [V, E] bf16, or this tp rank's rows of it. Raises ValueError if it is not finite."""
         super().__init__()
         try:
-            small = quantize(weight, self.SCHEME)
+            small = quantize(weight, Scheme("int8"))
         except ValueError as error:
             raise ValueError(f"lm_head.weight: {error}") from None
-        self.bags, self.packed, self.scale = Bags(small.values, small.scale), None, None
+        self.products = FloatProducts(small.values, small.scale)
 
     @property
     def num_bytes(self) -> int:
-        return self.bags.num_bytes if self.packed is None else self.packed.nbytes + self.scale.nbytes
+        return self.products.num_bytes
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] -> [..., V], fp32"""
-        rows = x.reshape(-1, x.shape[-1])
-        if self.packed is None and len(rows) > self.MOST_ROWS:
-            self.packed = FloatMatrix(self.bags.whole(scaled=False))
-            self.scale, self.bags = self.bags.row_scale(), None
-        if self.packed is None:
-            logits = self.bags.for_few_rows(len(rows))(rows)
-        else:
-            logits = self.packed(rows.float()) * self.scale
-        return logits.view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1]).float()
+        return self.products.for_rows(len(rows))(rows).view(*x.shape[:-1], -1)
 
 
 def quantized_head(model: Transformer) -> QuantizedHead | None:

@@ -324,8 +324,8 @@ def test_quantized_head(vocab_size):
         assert found.dtype == torch.float32 and found.shape == wanted.shape
         error = (found - wanted).norm() / wanted.norm()
         assert error < 1e-6, shape
-        assert (head.bags is None) == (head.packed is not None)
-    assert head.packed is not None and head.num_bytes >= 2 * vocab_size * 64
+        assert (head.products.bags is None) == (head.products.half is not None)
+    assert head.products.half is not None and head.num_bytes >= 2 * vocab_size * 64
     with pytest.raises(ValueError, match=r"lm_head\.weight: .* not finite"):
         QuantizedHead(weight.index_fill(0, torch.tensor([2]), torch.nan))
 

@@ -27,10 +27,10 @@ from models.checkpoint import MERGED, WeightFiles, folder_config, hf_name, our_n
 from models.checksums import DIGESTS, check_tensors, digests_of
 from models.common import Bounds, Runtime, at_least_one, flag, flags_of, is_main_rank, on_main, positive, say
 from models.compressed import LINEARS, linear_layers
-from models.files import naming_file, read_json_object, write_json, write_whole
+from models.files import naming_file, read_hf_config, read_json_object, write_json, write_whole
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER, fingerprint
 from models.lora import CRITIC, REFERENCE, Lora, LoraLinear
-from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
+from models.model import ModelConfig, Transformer, is_quantized
 from models.noise import noise_key
 from models.pad_token import stated_token
 from models.qlinear import Scheme
@@ -196,7 +196,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _check_base(adapter: Adapter, base: Path) -> list[str]:
     """Raises ValueError if an adapter is not for this base; returns warnings about the two."""
-    if is_quantized(read_hf_config(base)[0]):
+    if is_quantized(read_hf_config(base)):
         raise ValueError(
             f"{base}: its weights are quantised, so no adapter can be merged into them; give the folder "
             "that it was quantised from, and --quantize"

@@ -24,8 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.checksums import WEIGHTS_KEY, check_files, check_weights
 from models.common import RuntimeArgs, flag, say, short_bar
-from models.files import read_json_object
-from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
+from models.files import read_hf_config, read_json_object
+from models.model import ModelConfig, Transformer, is_quantized
 from models.record_files import unreadable
 from models.tokenizer import Tokenizer
 from models.tp import Parallel, local, tensor_parallel_part
@@ -104,8 +104,6 @@ def open_folder(
     Raises ValueError if model and tokenizer do not fit together, if the model cannot be split over
     tensor_parallel_size ranks or its context is shorter than max_seq_len, and for quantised weights unless frozen.
     """
-    if path.is_file() and path.suffix == ".json":
-        raise ValueError(f"{path}: is a file; give its folder")
     check_files(path)
     config = model_config(path)
     if not frozen:
@@ -129,7 +127,7 @@ def open_folder(
 
 def say_of_dropout(path: Path) -> None:
     """Says of a model to be trained that its attention_dropout is not applied, if it has one."""
-    dropout = read_hf_config(path)[0].get("attention_dropout")
+    dropout = read_hf_config(path).get("attention_dropout")
     if dropout:
         say(f"{path}: its attention_dropout {dropout} is not applied: attention is trained without dropout")
 
@@ -216,21 +214,18 @@ class WeightFiles:
         self._check_unchanged(path)
         try:
             if path.suffix == ".safetensors":
-                handle = safe_open(path, framework="pt")
-            else:
-                zipped = zipfile.is_zipfile(path)  # torch before 1.6 wrote other files, which cannot be mapped
-                handle = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+                return safe_open(path, framework="pt")
+            zipped = zipfile.is_zipfile(path)  # torch before 1.6 wrote other files, which cannot be mapped
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
-            self._check_unchanged(path)
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{path}: {unreadable(path, f'truncated or not a weight file: {reason}')}") from None
-        self._check_unchanged(path)
-        if path.suffix == ".safetensors":
-            return handle
-        if not isinstance(handle, dict):
-            raise ValueError(f"{path}: holds a {type(handle).__name__}, not a dict of tensors")
-        self._open[path] = handle
-        return handle
+        finally:  # another file may be the reason of an error, too
+            self._check_unchanged(path)
+        if not isinstance(tensors, dict):
+            raise ValueError(f"{path}: holds a {type(tensors).__name__}, not a dict of tensors")
+        self._open[path] = tensors
+        return tensors
 
     def _check_unchanged(self, path: Path) -> None:
         """Raises ValueError if a file is not the one that was opened first: the model would be a mixture of two. Not by
@@ -312,7 +307,7 @@ def _some(names: list[str], limit: int = 8) -> str:
 def folder_config(folder: str | Path) -> dict:
     """Returns the contents of a folder's config.json for an export of its model: without the key that names a weight
     file, and with tie_word_embeddings false if the files hold a separate head, as in transformers (5.23)."""
-    config = read_hf_config(folder)[0]
+    config = read_hf_config(folder)
     config.pop(WEIGHTS_KEY, None)
     if config.get("tie_word_embeddings") and WeightFiles(folder).has_own_head():
         config["tie_word_embeddings"] = False
@@ -424,7 +419,7 @@ def fill_parameters(
 
 def refuse_quantized(folder: str | Path) -> None:
     """Raises ValueError for a folder with quantised weights."""
-    if is_quantized(read_hf_config(folder)[0]):
+    if is_quantized(read_hf_config(folder)):
         raise ValueError(
             f"{folder}: its quantised weights are frozen, for inference, references and reward models only; to train, "
             "give the folder that it was quantised from"

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from models.attention import Attend, causal_attention
-from models.files import read_json_object
+from models.files import read_hf_config
 from models.products import Kept, Term, gated, keeps_less, norm, product, products
-from models.rope import apply_rope, describe_context, rope_inv_freq, rope_settings, rope_tables, scaled_context
+from models.rope import apply_rope, rope_inv_freq, rope_settings, rope_tables, scaled_context
 from models.tp import Parallel, enter_parallel, leave_parallel, local, size_of, sum_parts, whole_sequence
 from models.vocab_parallel import embed
 
@@ -78,11 +78,14 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, source: dict | str | Path) -> "ModelConfig":
-        """Reads a Hugging Face config: a dict, a config.json, or a folder with one.
+        """Reads the contents of a Hugging Face config.json, or those of a folder's.
 
         Raises ValueError, naming the key, for anything that this Transformer would compute wrongly.
         """
-        config, where = (source, "config") if isinstance(source, dict) else read_hf_config(source)
+        if isinstance(source, dict):
+            config, where = source, "config"
+        else:
+            config, where = read_hf_config(source), f"{source}/config.json"
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in DEFAULTS:
             raise ValueError(f"{where}: model_type {model_type!r} is not supported, only {', '.join(DEFAULTS)}")
@@ -135,8 +138,13 @@ class ModelConfig:
         return (self.rope_scaling or {}).get("attention_factor", 1.0)
 
     def describe_context(self) -> str:
-        """Describes the context, for an error about a longer row."""
-        return describe_context(self.max_position_embeddings, self.rope_scaling)
+        """Describes the context, for an error about a longer row. Folders with linear scaling state either the scaled
+        context or the one before."""
+        text, scaling = f"{self.max_position_embeddings} tokens", self.rope_scaling
+        if scaling is None or scaling["rope_type"] != "linear":
+            return text
+        advice = f"raise it {scaling['factor']:g} times if it leaves out the linear RoPE scaling"
+        return f"{text} (max_position_embeddings in config.json; {advice})"
 
     def check_divisible(self, tensor_parallel_size: int) -> None:
         """Raises ValueError, naming the key, if the model cannot be sharded over this many ranks."""
@@ -202,28 +210,6 @@ def _number(config: dict, where: str, key: str, kind: type = int, default: float
     if not is_number or not 0 < value < math.inf or kind(value) != value:
         raise ValueError(f"{where}: {key} must be a positive {kind.__name__}, not {value!r}")
     return kind(value)
-
-
-def read_hf_config(source: str | Path) -> tuple[dict, str]:
-    """(contents, path) of a config.json, given as file or folder; ValueError / FileNotFoundError if unusable."""
-    path = Path(source)
-    if path.is_dir():
-        path = path / "config.json"
-        if not path.is_file() and path.with_name("adapter_config.json").is_file():
-            raise FileNotFoundError(
-                f"{path.parent}: holds an adapter and no merged model; merge it (its run with --resume --merge, or "
-                "PEFT's merge_and_unload) or, for --checkpoint_path only, give its base there and it as --adapter_path"
-            )
-        if not path.is_file():
-            raise FileNotFoundError(f"{path.parent}: no config.json here, so this is not a Hugging Face model folder")
-    elif not path.is_file():
-        parts = path.parts[path.parts[:1] == ("checkpoints",) :]  # where download.py puts models of the Hub
-        is_name = len(parts) == 2 and not Path(parts[0]).exists() and parts[0] not in ("runs", "..")
-        fetched = f"; python scripts/download.py {'/'.join(parts)} fetches it, if that is a name on the Hub"
-        raise FileNotFoundError(f"{path}: no such file or folder{fetched * is_name}")
-    elif path.suffix != ".json":
-        raise ValueError(f"{path}: is a file; give a Hugging Face folder with safetensors (GGUF is not supported)")
-    return read_json_object(path), str(path)
 
 
 def is_quantized(config: dict) -> bool:

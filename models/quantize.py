@@ -31,7 +31,8 @@ from models.compressed import (
     read_scheme,
     stored_shapes,
 )
-from models.model import Block, ModelConfig, RowLinear, Transformer, is_quantized, read_hf_config
+from models.files import read_hf_config
+from models.model import Block, ModelConfig, RowLinear, Transformer, is_quantized
 from models.qlinear import GROUP_SIZES, MODES, MixedScheme, Quantized, QuantizedLinear, Scheme, Schemes, quantize
 from models.tp import Parallel, shard_dim, size_of, tensor_parallel_part
 
@@ -134,10 +135,11 @@ def with_int8(scheme: Schemes, kinds: Sequence[str], num_layers: int) -> Schemes
 def stored_scheme(folder: str | Path) -> Schemes | None:
     """The scheme of a folder with quantised weights, None for any other folder. Raises ValueError for a scheme that is
     not supported."""
-    config, where = read_hf_config(folder)
+    config = read_hf_config(folder)
     if not is_quantized(config):  # another layout is refused by ModelConfig.from_hf
         return None
-    return read_scheme(config["quantization_config"], ModelConfig.from_hf(folder).num_hidden_layers, where)
+    num_layers = ModelConfig.from_hf(folder).num_hidden_layers
+    return read_scheme(config["quantization_config"], num_layers, f"{folder}/config.json")
 
 
 def choose_scheme(
@@ -211,7 +213,7 @@ def check_runnable(
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a model's parameters. Raises the errors of load_model, or with a scheme of load_quantized,
     early, before data are tokenised: ValueError for an unsupported scheme, and for files that do not hold the model."""
-    is_stored = is_quantized(read_hf_config(files.folder)[0])
+    is_stored = is_quantized(read_hf_config(files.folder))
     if scheme is not None:
         check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size, is_stored=is_stored)
     if "lm_head.weight_packed" in files.names():
@@ -241,7 +243,7 @@ def load_quantized(
     load_model. Raises the errors of load_model and of check_scheme.
     """
     config, files = model_config(folder), files or WeightFiles(folder)
-    is_stored = is_quantized(read_hf_config(folder)[0])
+    is_stored = is_quantized(read_hf_config(folder))
     with torch.device("meta"):
         model = Transformer(config, dtype, Parallel(tp), head)
     shapes = check_runnable(files, config, scheme, Runtime(device, dtype, compile=False), size_of(tp), head)

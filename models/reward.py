@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from models.chats import Chat, read_chat, without_nulls
 from models.checkpoint import WeightFiles
+from models.files import read_hf_config
 from models.forward import forward_rows
-from models.model import Transformer, read_hf_config
+from models.model import Transformer
 from models.parts import encode_continuation
 from models.record_files import kind_of
 from models.records import (
@@ -68,8 +69,7 @@ def read_reward_kind(folder: Path, files: WeightFiles | None = None) -> RewardKi
     """Reads a RewardKind; raises ValueError unless the folder holds a model with one score for each token. files: the
     folder's, if an adapter is combined with them."""
     files = files or WeightFiles(folder)
-    config, where = read_hf_config(folder)
-    config = files.config_of(config)
+    config, where = files.config_of(read_hf_config(folder)), f"{folder}/config.json"
     if "score.weight" not in files.names():
         raise ValueError(
             f"{folder}: not a reward model, it has no score head (no score.weight); training/train_rm.py makes one"

@@ -63,14 +63,6 @@ def scaled_context(stated: int, scaling: dict | None) -> int:
     return max(stated, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
 
 
-def describe_context(context: int, scaling: dict | None) -> str:
-    """Describes a model's context. Folders with linear scaling state either the scaled context or the one before."""
-    if scaling is None or scaling["rope_type"] != "linear":
-        return f"{context} tokens"
-    advice = f"raise it {scaling['factor']:g} times if it leaves out the linear RoPE scaling"
-    return f"{context} tokens (max_position_embeddings in config.json; {advice})"
-
-
 def _positive(value: object, name: str, rope_type: str | None = None) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         of_type = "" if rope_type is None else f" for type {rope_type!r}"

@@ -28,7 +28,8 @@ from models.checksums import check_weights
 from models.common import at_least_one, card, choose_runtime, flag, refuse_idle, run_script, say
 from models.compressed import is_linear_weight, quantization_config
 from models.export import STAGING, save_folder
-from models.model import ModelConfig, is_quantized, read_hf_config
+from models.files import read_hf_config
+from models.model import ModelConfig, is_quantized
 from models.pad_token import choose_pad_token, pad_changes
 from models.qlinear import GROUP_SIZES
 from models.quantize import check_runnable, choose_scheme, rounded_tensors, with_int8
@@ -84,7 +85,7 @@ def main(args: QuantizeScriptArgs) -> None:
         raise ValueError(f"--output_dir {out}: exists; take another")
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, frozen=True, today=chat_day(args.chat_date))
-    if is_quantized(read_hf_config(args.checkpoint_path)[0]):
+    if is_quantized(read_hf_config(args.checkpoint_path)):
         again = "and cannot be quantised again; give the folder that it was made from"
         raise ValueError(f"{args.checkpoint_path}: its quantised weights are frozen, {again}")
     config = folder.config

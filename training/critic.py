@@ -10,9 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from models.adapters import choose_lora
 from models.checkpoint import Folder, has_score_head, model_folder, say_of_dropout
 from models.common import Runtime, flag, non_negative
+from models.files import read_hf_config
 from models.fsdp import check_loadable, load_for_training
 from models.lora import CRITIC, Lora
-from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
+from models.model import ModelConfig, Transformer, is_quantized
 from models.shared_base import OnSharedBase
 from training.frozen import RewardFolder, check_reader
 
@@ -33,7 +34,7 @@ def choose_critic(args, policy: Folder, runtime: Runtime, lora: Lora | None, rew
     folders, or if the critic cannot read the policy's tokens."""
     start = args.reward_checkpoint_path if reward and reward.same_tokenizer else args.checkpoint_path
     path = args.checkpoint_path if args.shared_base else args.value_checkpoint_path or start
-    if is_quantized(read_hf_config(path)[0]):
+    if is_quantized(read_hf_config(path)):
         raise ValueError(
             f"{path}: its quantised weights are frozen, so the critic cannot start there; give the folder it was made "
             "from, or the policy's, as --value_checkpoint_path"

@@ -17,7 +17,7 @@ from models.checkpoint import (
     stored_dtype,
 )
 from models.export import save_folder
-from models.model import read_hf_config
+from models.files import read_hf_config
 from models.qlinear import Scheme
 from models.quantize import load_quantized
 from tests import tiny
@@ -153,7 +153,7 @@ def test_the_files_decide_about_the_head(tmp_path):
     assert torch.equal(quantized.lm_head.weight, theirs.lm_head.weight)
     save_folder(tmp_path / "out", ours.state_dict().items(), config=folder_config(tmp_path / "in"))
     same_weights(tmp_path / "out", theirs)
-    assert read_hf_config(tmp_path / "out")[0]["tie_word_embeddings"] is False
+    assert read_hf_config(tmp_path / "out")["tie_word_embeddings"] is False
     tensors = load_file(tmp_path / "in/model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tmp_path / "in/model.safetensors")
@@ -176,7 +176,7 @@ def test_named_weight_file(tmp_path):
     (tmp_path / "other").mkdir()
     os.rename(tmp_path / "model.safetensors", tmp_path / "other/weights.safetensors")
     tiny.write_model(tmp_path)
-    config = read_hf_config(tmp_path)[0]
+    config = read_hf_config(tmp_path)
     for name in ("other/weights.safetensors", "other/gone.safetensors", "other/weights.bin", 3):
         (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
         if name == "other/weights.safetensors":

@@ -22,9 +22,8 @@ from safetensors.torch import load_file
 from models import export
 from models.checkpoint import WeightFiles, folder_config, load_model, stored_dtype
 from models.export import CannotHold, complete_export, save_folder
-from models.files import write_whole
+from models.files import read_hf_config, write_whole
 from models.fsdp import start_ranks
-from models.model import read_hf_config
 from tests import tiny
 from tests.forked import fork
 from tests.models.test_checkpoint import same_weights
@@ -37,7 +36,7 @@ def test_export_opens_in_transformers(tmp_path, tied, max_shard_bytes):
     theirs = tiny.write_model(tmp_path / "in", tie_word_embeddings=tied, attention_bias=True)
     ours = load_model(tmp_path / "in")
     out = tmp_path / "deep" / "out"
-    config = read_hf_config(tmp_path / "in")[0]
+    config = read_hf_config(tmp_path / "in")
     save_folder(
         out, ours.state_dict().items(), config=config, copy_from=tmp_path / "in", max_shard_bytes=max_shard_bytes
     )
@@ -63,7 +62,7 @@ def test_export_dtype(tmp_path, folder, named):
     save_folder(out, load_model(folder).state_dict().items(), config=config, dtype=torch.bfloat16)
     assert stored_dtype(out) == torch.bfloat16
     assert transformers.AutoConfig.from_pretrained(out).dtype == torch.bfloat16
-    written = read_hf_config(out)[0]
+    written = read_hf_config(out)
     assert {written[name] for name in {*named, "dtype"}} == {"bfloat16"} and "transformers_weights" not in written
 
 
@@ -137,12 +136,12 @@ def has_weights_of(found, model, prefix="") -> bool:
 
 def theirs_holds(out, model) -> bool:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
-    return has_weights_of(theirs, model) and theirs.config.reward_mean == read_hf_config(model)[0]["reward_mean"]
+    return has_weights_of(theirs, model) and theirs.config.reward_mean == read_hf_config(model)["reward_mean"]
 
 
 def ours_holds(out, model) -> bool:
     assert list(out.rglob("checksums.json"))
-    same = read_hf_config(out)[0]["reward_mean"] == read_hf_config(model)[0]["reward_mean"]
+    same = read_hf_config(out)["reward_mean"] == read_hf_config(model)["reward_mean"]
     return has_weights_of(load_model(out), model, prefix="model.") and same
 
 

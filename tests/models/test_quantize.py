@@ -13,8 +13,9 @@ from models.cpu_linear import FloatMatrix, FloatProducts, HalfMatrix, half_matri
 from models.decode import InferenceLinear, can_pack, load_for_inference, weight_bytes
 from models.decode_cpu import QuantizedHead
 from models.export import save_folder
+from models.files import read_hf_config
 from models.generation import Engine, Request
-from models.model import ModelConfig, read_hf_config
+from models.model import ModelConfig
 from models.qlinear import Quantized, QuantizedLinear, Scheme, dequantize, quantize
 from models.quantize import check_scheme, choose_scheme, load_quantized, rounding_scheme
 from models.sampling import SamplingParams
@@ -408,7 +409,7 @@ def test_largest_group_that_fits(tmp_path):
 def test_folder_of_several_shards(biased, tmp_path):
     """Catches an index without the scales, and shards that are not joined."""
     tensors = {name: WeightFiles(biased).read(name) for name in WeightFiles(biased).names()}
-    config = read_hf_config(biased)[0]
+    config = read_hf_config(biased)
     save_folder(tmp_path / "in", tensors.items(), config=config, copy_from=biased, max_shard_bytes=60_000)
     flags = ("--mode", "int8", "--output_dir", tmp_path / "out")
     assert tiny.run(SCRIPT, "--checkpoint_path", tmp_path / "in", *flags).code == 0
@@ -481,7 +482,7 @@ def test_bad_folders(biased, written, tmp_path):
     refused("quantised weights are frozen", source=folder)
     refused("no such file", source=tmp_path / "nothing")
     tensors = {name: WeightFiles(biased).read(name) for name in WeightFiles(biased).names()}
-    config = read_hf_config(biased)[0]
+    config = read_hf_config(biased)
     broken = dict(tensors) | {"layers.1.mlp.up_proj.weight": torch.full((128, 64), torch.nan)}
     save_folder(tmp_path / "nan", broken.items(), config=config, copy_from=biased)
     refused("layers.1.mlp.up_proj.weight", "not finite", source=tmp_path / "nan")

@@ -243,12 +243,10 @@ def check_shared(folder: Path, what: str, *, writes: bool = True) -> None:
 
 def _leave_token(folder: Path, what: str) -> Path:
     """Writes a file of random name and content, so that no file of an earlier run or another disk is taken for it."""
-    place = existing_part(folder)
-    token = place / f".rank-0-{secrets.token_hex(8)}"
-    try:
+    check_writable(folder, what)
+    token = existing_part(folder) / f".rank-0-{secrets.token_hex(8)}"
+    with naming_file(folder):
         token.write_text(token.name)
-    except OSError as error:
-        raise OSError(f"{what}: {place} cannot be written: {error.strerror}") from None
     return token
 
 

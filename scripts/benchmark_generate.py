@@ -85,16 +85,21 @@ def generate_setting(args: GenerateArgs) -> str:
     return f"{counted(args.batch_size, 'slot')}, {tokens}"
 
 
+def random_inference_model(config: ModelConfig, runtime: Runtime, *more) -> Transformer:
+    """Returns the inference copy of random_model(config, runtime, *more)."""
+    return to_inference(random_model(config, runtime, *more), pack=can_pack(runtime))
+
+
 @torch.no_grad()
-def random_inference_model(
+def random_model(
     config: ModelConfig,
     runtime: Runtime,
     scheme: Scheme | None = None,
     tp: DeviceMesh | None = None,
     weight_dtype: torch.dtype | None = None,
 ) -> Transformer:
-    """Builds an inference copy with random weights, or this tp rank's part of it, block by block. weight_dtype: rounds
-    the weights to this dtype, if it is not that of the computation."""
+    """Builds a model with random weights, or this tp rank's part of it, each block quantised before the next one is
+    allocated. weight_dtype: rounds the weights to this dtype, if it is not that of the computation."""
     device, dtype, _ = runtime
     with torch.device("meta"):
         model = Transformer(config, dtype, Parallel(tp))
@@ -108,7 +113,7 @@ def random_inference_model(
             values = values.to(weight_dtype or dtype).to(dtype)
             setattr(module.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))
 
-    for block in model.layers:
+    for block in short_bar(model.layers, "drawing weights", "block"):
         fill(block)
         if scheme is not None:
             quantize_in_place(block, scheme)
@@ -117,7 +122,7 @@ def random_inference_model(
     model.layers = blocks
     model.tie_weights()
     model.reset_buffers(device)
-    return to_inference(model, pack=can_pack(runtime))
+    return model
 
 
 def products_seconds(model: Transformer, batch_size: int, device: torch.device) -> float:

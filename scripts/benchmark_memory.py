@@ -17,17 +17,17 @@ from models.common import (
     choose_runtime,
     flag,
     peak_memory,
-    progress_bar,
     refuse_idle,
     say,
 )
 from models.fsdp import ParallelArgs, clip_grad_norm, reducing_gradients
 from models.lora import Lora
-from models.model import Block, ModelConfig, Transformer
+from models.model import ModelConfig
 from models.qlinear import Scheme
-from models.quantize import QuantizeArgs, check_scheme, quantize_in_place, rounding_scheme
+from models.quantize import QuantizeArgs, check_scheme, rounding_scheme
 from models.vocab_parallel import CHUNK_TOKENS
 from scripts.benchmark_common import AnswerArgs, JobArgs, LayoutArgs, PresetArgs
+from scripts.benchmark_generate import random_model
 from scripts.benchmark_training import AdapterArgs, RecomputeArgs, sharded_model
 from scripts.workload import counted, random_ids, sized, token_bytes
 from training.losses import token_cross_entropy
@@ -228,23 +228,6 @@ def quantized_memory(config: ModelConfig, scheme: Scheme, dtype: torch.dtype) ->
     }
 
 
-@torch.no_grad()
-def quantized_model(config: ModelConfig, runtime: Runtime, scheme: Scheme) -> Transformer:
-    """Returns a model with random weights, each block quantised before the next one is allocated."""
-    with torch.device("meta"):
-        model = Transformer(config).to(runtime.dtype)
-    blocks = progress_bar(iterable=model.layers, desc="quantising", unit="block", leave=False)
-    for part in itertools.chain(blocks, (model.embed_tokens, model.norm, model.lm_head)):
-        part.to_empty(device=runtime.device)
-        for parameter in part.parameters():
-            parameter.uniform_(-0.035, 0.035)  # standard deviation 0.02
-        if isinstance(part, Block):
-            quantize_in_place(part, scheme)
-    model.tie_weights()
-    model.reset_buffers(runtime.device)
-    return model
-
-
 def report_quantized_memory(args: MemoryArgs) -> None:
     """Prints quantized_memory; with --measure also the bytes of such a model, and the growth of this process's peak
     memory while building it."""
@@ -257,7 +240,7 @@ def report_quantized_memory(args: MemoryArgs) -> None:
     rows = {name: sized(size) for name, size in sizes.items()}
     if args.measure:
         before = peak_memory(runtime.device)
-        model = quantized_model(config, runtime, scheme)
+        model = random_model(config, runtime, scheme)
         storages = {x.data_ptr(): x.untyped_storage().nbytes() for x in (*model.parameters(), *model.buffers())}
         sizes["measured"], sizes["peak"] = sum(storages.values()), peak_memory(runtime.device) - before
         rows["measured"] = f"{sized(sizes['measured'])}, {sizes['measured'] / sizes['sum'] - 1:+.1%}"

@@ -20,7 +20,7 @@ from models.qlinear import Scheme
 from models.sampling import SamplingParams
 from scripts import benchmark_common, benchmark_generate, benchmark_grpo
 from scripts.benchmark_common import SIZES
-from scripts.benchmark_memory import measure_memory, quantized_memory, quantized_model, training_memory
+from scripts.benchmark_memory import measure_memory, quantized_memory, training_memory
 from scripts.benchmark_sft import SftArgs
 from scripts.workload import ragged_sizes
 from tests import tiny
@@ -284,7 +284,7 @@ def test_memory_of_ppo_on_paper():
 def test_quantised_arithmetic(scheme):
     """Catches original weights kept beside their integers, unpacked integers, and scales or a head not counted."""
     config = ModelConfig(1000, 256, 768, 4, 8, 4, 32, 4096)
-    model = quantized_model(config, ON_CPU, scheme)
+    model = benchmark_generate.random_model(config, ON_CPU, scheme)
     tensors = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
     on_paper = sum(quantized_memory(config, scheme, torch.bfloat16).values())
     # in FBGEMM's bags int4 takes a byte, a scale and an offset follow up to 96 integers, and blocks are padded

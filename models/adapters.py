@@ -29,7 +29,7 @@ from models.common import Bounds, Runtime, at_least_one, flag, flags_of, is_main
 from models.compressed import LINEARS, linear_layers
 from models.files import naming_file, read_hf_config, read_json_object, write_json, write_whole
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER, fingerprint
-from models.lora import CRITIC, REFERENCE, Lora, LoraLinear
+from models.lora import CRITIC, Lora, LoraLinear
 from models.model import ModelConfig, Transformer, is_quantized
 from models.noise import noise_key
 from models.pad_token import stated_token
@@ -362,21 +362,20 @@ def choose_lora(
             raise ValueError(f"{base}: --quantize_base {error}") from None
     streams = {"": 0 if policy is None else 1} | ({CRITIC: 1} if with_critic else {})
     values = _new_values(config, layers, r, args.seed, streams)
-    base_fingerprint = on_main(lambda: fingerprint(base))
-    with_reference = with_reference and start is not None
     if starts_as_policy and args.adapter_path is not None:
         values |= {name: value for name, value in policy.values.items() if name in values}
+    found = (layers, scheme, values, base, on_main(lambda: fingerprint(base)), args.seed)
+    sets = (with_critic, with_reference and start is not None)
+    lora = Lora(r, alpha, use_rslora, args.lora_dropout, *found, *sets, folder_config(base))
     if start is not None:
         for layer, (A, B) in start.factors.items():
-            for suffix in ("", *[CRITIC] * with_critic, *[REFERENCE] * with_reference):
+            for suffix in lora.names:
                 values |= {f"{layer}.lora_A{suffix}": A, f"{layer}.lora_B{suffix}": B}
         if start.score is not None:
             values[SCORE] = start.score
         if start.config.get("lora_dropout") and not args.lora_dropout:
             say(f"{start.path}: its lora_dropout {start.config['lora_dropout']} is not used; set it by --lora_dropout")
-    held = (layers, scheme, values, base, base_fingerprint)
-    sets = (with_critic, with_reference)
-    return Lora(r, alpha, use_rslora, args.lora_dropout, *held, args.seed, *sets, folder_config(base))
+    return lora
 
 
 def base_scheme(mode: str) -> Scheme | None:

@@ -230,8 +230,7 @@ def load_for_training(
     shard_model(model, mesh, args, runtime, param_dtype if lora is None else frozen_dtype(args, runtime))
     tp, shard = sharding_meshes(mesh)
     part_of = partial(sharded_part, tp=tp, shard=shard)
-    options = {"part_of": part_of, "elsewhere": integers}
-    load_weights(model, files, device=runtime.device, without_file=given, **options)
+    load_weights(model, files, device=runtime.device, part_of=part_of, without_file=given, elsewhere=integers)
     for name, shape in short_bar(integers.items(), "rounding", "tensor"):
         part = quantized_part(files, name, shape, lora.scheme, model.parallel.tp, runtime.device)
         model.get_submodule(name.removesuffix(".weight")).set_quantized(part)

@@ -352,10 +352,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._forward(x, cos, sin, attend)
-        # LoRA's updates are added in place to saved products; the updated values are the right ones to save
-        contexts = partial(create_selective_checkpoint_contexts, _save_products, allow_cache_entry_mutation=True)
-        selective = {"context_fn": contexts}
-        options = selective if self.recompute == "selective" else {}
+        options = {}
+        if self.recompute == "selective":
+            # LoRA's updates are added in place to saved products; the updated values are the right ones to save
+            contexts = partial(create_selective_checkpoint_contexts, _save_products, allow_cache_entry_mutation=True)
+            options["context_fn"] = contexts
         return checkpoint(self._forward, x, cos, sin, attend, use_reentrant=False, **options)
 
     def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:

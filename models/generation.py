@@ -157,7 +157,7 @@ class Engine:
     def _prefill(self) -> None:
         """Prefills at most prefill_tokens tokens of samples that have pages, resumes preempted samples that are in the
         cache again, and draws the first token of samples whose prompt is complete."""
-        scheduler, launched, entered = self.scheduler, self._clock(), time.perf_counter()
+        scheduler, launched = self.scheduler, self._clock()
         begun, scheduler.ready = [(sample, scheduler.newest) for sample in scheduler.ready], []
         batch, numbers = scheduler.next_prefill(), None
         if batch.chunks:
@@ -169,7 +169,7 @@ class Engine:
             numbers = self._first_tokens(begun)
         if numbers is not None:
             samples = [(sample, i) for i, (sample, _) in enumerate(begun)]
-            self._launched("prefill", Flight(samples, numbers, 0, 0, launched, len(batch.ids)), entered)
+            self._launched("prefill", Flight(samples, numbers, 0, 0, launched, len(batch.ids)))
 
     def _computed(self, batch: Prefill, hidden: Tensor) -> list[tuple[Sample, Prompt]]:
         """Handles samples whose prefill is complete: gives rows to those that were preempted, and returns those of new
@@ -218,7 +218,7 @@ class Engine:
             scheduler.make_room()
         if all(sample.is_exhausted for sample in scheduler.running):
             return False
-        launched, entered, captured = self._clock(), time.perf_counter(), rows.capture_seconds
+        launched, captured = self._clock(), rows.capture_seconds
         size = rows.size_for(len(scheduler.running))
         sources, targets = scheduler.compact(size)
         if sources:
@@ -233,14 +233,14 @@ class Engine:
         most_pages = pages_for(min(max(lengths) + steps, self.cache_len))
         numbers = rows.look(size, torch.from_numpy(scheduler.table[:size, :most_pages].copy()))
         tokens_read = steps * sum(lengths) + len(samples) * steps * (steps + 1) // 2
-        flight = Flight(samples, numbers, steps, tokens_read, launched)
-        self._launched("look", flight, entered, rows.capture_seconds - captured)
+        captured = rows.capture_seconds - captured
+        self._launched("look", Flight(samples, numbers, steps, tokens_read, launched), captured)
         return True
 
-    def _launched(self, kind: str, flight: Flight, entered: float, captured: float = 0.0) -> None:
+    def _launched(self, kind: str, flight: Flight, captured: float = 0.0) -> None:
         """Queues a flight. Capturing counts as compiling, and so does the whole launch of each kind's first flight."""
         is_cold, self._is_cold[kind] = self._is_cold[kind], False
-        seconds = time.perf_counter() - entered if is_cold else captured
+        seconds = self._clock() - flight.launched if is_cold else captured
         self._stood_still += seconds
         self.compile_seconds += seconds
         self.flights.append(flight._replace(is_cold=is_cold))

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from models.adapters import base_scheme
 from models.common import Runtime, at_least_one, flag
 from models.compressed import linear_layers
 from models.fsdp import ParallelArgs, clip_grad_norm, frozen_dtype, init_mesh, parallel_of, shard_model
@@ -15,6 +14,7 @@ from models.lora import Lora, LoraLinear, add_adapters
 from models.model import ModelConfig, Transformer
 from models.qlinear import quantize
 from models.tp import local, tensor_parallel_part
+from models.trained_adapters import base_scheme
 from scripts.benchmark_common import seconds_of
 from training.optim import OptimArgs, make_optimizer
 

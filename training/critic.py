@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.adapters import choose_lora
 from models.checkpoint import Folder, has_score_head, model_folder, say_of_dropout
 from models.common import Runtime, flag, non_negative
 from models.files import read_hf_config
@@ -15,6 +14,7 @@ from models.fsdp import check_loadable, load_for_training
 from models.lora import CRITIC, Lora
 from models.model import ModelConfig, Transformer, is_quantized
 from models.shared_base import OnSharedBase
+from models.trained_adapters import choose_lora
 from training.frozen import RewardFolder, check_reader
 
 

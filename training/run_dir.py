@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.adapters import LoraArgs, adapter_tensors, check_base_is_the_same, remove_merged, write_adapter
 from models.checkpoint import MERGED, ModelArgs, stored_dtype
 from models.common import (
     DTYPES,
@@ -45,6 +44,7 @@ from models.gpu import mean_length, peaks
 from models.identity import AcceptArgs, check_ranks_agree
 from models.model import Transformer
 from models.shared import check_free, check_shared, hold
+from models.trained_adapters import LoraArgs, adapter_tensors, check_base_is_the_same, remove_merged, write_adapter
 from training.checkpoints import CheckpointWriter, all_fit, load_newest_checkpoint
 from training.data import ORDER, order_flags
 from training.metrics import UNFINISHED, Metrics, check_installed, logged, read_unfinished

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.adapters import choose_lora
 from models.checkpoint import open_folder
 from models.common import Runtime, card, flag, refuse_idle, run_script, say
 from models.dropout import new_dropout
@@ -50,6 +49,7 @@ from models.records import Split
 from models.reward import Pair, pair_rows, sides_are_equal
 from models.rows import Rows
 from models.shared_base import as_reference
+from models.trained_adapters import choose_lora
 from models.transfer import to_device
 from training.data import DataArgs, check_evaluation, load_rows, training_batches
 from training.frozen import ReferenceArgs, check_context, check_reader, check_reference_flags, frozen_scheme

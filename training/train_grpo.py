@@ -25,7 +25,6 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE
 import torch
 from torch import Tensor, nn
 
-from models.adapters import choose_lora
 from models.checkpoint import open_folder
 from models.common import (
     Bounds,
@@ -53,6 +52,7 @@ from models.model import Transformer
 from models.records import Example, Split
 from models.resting import resting
 from models.shared_base import as_reference
+from models.trained_adapters import choose_lora
 from models.transfer import index_on
 from training.data import order_flags
 from training.divergence import Divergence, DivergenceArgs

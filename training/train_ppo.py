@@ -26,7 +26,6 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE
 import torch
 from torch import Tensor, nn
 
-from models.adapters import choose_lora
 from models.checkpoint import open_folder
 from models.common import (
     Bounds,
@@ -48,6 +47,7 @@ from models.model import Transformer
 from models.records import Example, Split
 from models.resting import resting
 from models.shared_base import as_reference
+from models.trained_adapters import choose_lora
 from training.critic import CriticArgs, choose_critic, critic_note, load_with_critic
 from training.divergence import Divergence, DivergenceArgs
 from training.frozen import ReferenceArgs, check_context, check_rl_flags, open_frozen

@@ -23,7 +23,7 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE
 import torch
 from torch import Tensor
 
-from models.adapters import SCORE, choose_lora
+from models.adapters import SCORE
 from models.checkpoint import Folder, has_score_head, open_folder
 from models.common import card, flag, non_negative, refuse_idle, run_script, say, with_newlines
 from models.dropout import new_dropout
@@ -45,6 +45,7 @@ from models.records import EncodingCounts, Limits, Split
 from models.reward import Pair, Scored, read_reward_kind, rows_to_score, sides_are_equal
 from models.rows import Rows, Store
 from models.tokenizer import Tokenizer
+from models.trained_adapters import choose_lora
 from models.transfer import index_on, to_device
 from training.data import DataArgs, check_evaluation, epoch_order, load_rows, training_batches
 from training.losses import auc, calibration_error, pairwise_loss, pointwise_loss

@@ -9,9 +9,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models.adapters import choose_lora, open_adapter, weight_files
+from models.adapters import open_adapter, weight_files
 from models.checkpoint import load_model, model_folder
 from models.fingerprint import fingerprint
+from models.trained_adapters import choose_lora
 from tests import tiny
 from tests.damage import flip
 from tests.models.test_lora import CPU, IDS, Args, broken, made_by_peft

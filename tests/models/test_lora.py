@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models.adapters import LoraArgs, choose_lora, open_adapter, weight_files
+from models.adapters import open_adapter, weight_files
 from models.checkpoint import load_model
 from models.common import Runtime
 from models.decode import copy_for_inference
@@ -21,6 +21,7 @@ from models.noise import noise_key
 from models.qlinear import dequantize, quantize
 from models.shared_base import adapter, lora_layers
 from models.tp import local
+from models.trained_adapters import LoraArgs, choose_lora
 from tests import tiny
 from tests.tiny import refused
 

@@ -59,12 +59,12 @@ from models.common import (
     run_script,
     say,
 )
+from models.config import ModelConfig
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
 from models.functions import FunctionPlace, load_function, undisturbed
 from models.gpu import mean_length, peaks
 from models.identity import AcceptArgs, check_ranks_agree
-from models.model import ModelConfig
 from models.quantize import QuantizeArgs, check_runnable, choose_scheme
 from models.records import Encoder, EncodingCounts, Record, Split, folder_limits, naming, require, tokenising
 from models.reward import (

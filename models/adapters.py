@@ -25,9 +25,9 @@ from models.checkpoint import WeightFiles, hf_name, our_name
 from models.checksums import DIGESTS, check_tensors
 from models.common import flag, is_main_rank, on_main
 from models.compressed import LINEARS, linear_layers
-from models.files import read_hf_config, read_json_object
+from models.config import ModelConfig, is_quantized, read_hf_config
+from models.files import read_json_object
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER, fingerprint
-from models.model import ModelConfig, is_quantized
 from models.pad_token import stated_token
 from models.record_files import unreadable
 

@@ -26,8 +26,9 @@ from models.attention import causal_attention
 from models.checkpoint import WeightFiles
 from models.common import Runtime, short_bar
 from models.compressed import packed_tensors
+from models.config import ModelConfig
 from models.gptq import Curvature, gptq
-from models.model import Block, ModelConfig, RMSNorm
+from models.model import Block, RMSNorm
 from models.qlinear import Quantized, Scheme, Schemes, dequantize, quantize
 from models.rope import rope_tables
 from models.tp import Parallel

@@ -24,8 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.checksums import WEIGHTS_KEY, check_files, check_weights
 from models.common import RuntimeArgs, flag, say, short_bar
-from models.files import read_hf_config, read_json_object
-from models.model import ModelConfig, Transformer, is_quantized
+from models.config import ModelConfig, is_quantized, read_hf_config
+from models.files import read_json_object
+from models.model import Transformer
 from models.record_files import unreadable
 from models.tokenizer import Tokenizer
 from models.tp import Parallel, local, tensor_parallel_part

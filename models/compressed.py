@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.checkpoint import WeightFiles, hf_name
-from models.model import FUSIONS, QUANT_METHOD
+from models.config import QUANT_METHOD
+from models.model import FUSIONS
 from models.qlinear import MixedScheme, Quantized, Scheme, Schemes
 
 FORMAT = "pack-quantized"

@@ -41,28 +41,6 @@ def read_json_object(path: Path, *, missing_ok: bool = False) -> dict:
     return value
 
 
-def read_hf_config(folder: str | Path) -> dict:
-    """Returns the contents of a model folder's config.json. Raises ValueError or FileNotFoundError if it is none."""
-    folder = Path(folder)
-    config = folder / "config.json"
-    if config.is_file():
-        return read_json_object(config)
-    if (folder / "adapter_config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}: holds an adapter and no merged model; merge it (its run with --resume --merge, or "
-            "PEFT's merge_and_unload) or, for --checkpoint_path only, give its base there and it as --adapter_path"
-        )
-    if folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no config.json here, so this is not a Hugging Face model folder")
-    if folder.is_file():
-        other = "a Hugging Face folder with safetensors (GGUF is not supported)"
-        raise ValueError(f"{folder}: is a file; give {'its folder' if folder.suffix == '.json' else other}")
-    parts = folder.parts[folder.parts[:1] == ("checkpoints",) :]  # where download.py puts models of the Hub
-    is_name = len(parts) == 2 and not Path(parts[0]).exists() and parts[0] not in ("runs", "..")
-    fetched = f"; python scripts/download.py {'/'.join(parts)} fetches it, if that is a name on the Hub"
-    raise FileNotFoundError(f"{folder}: no such file or folder{fetched * is_name}")
-
-
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file atomically, by a rename, and synced: a power loss leaves the old content or the new. Raises OSError
     that names the file if it cannot be written."""

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from functools import partial
 
-from models.model import ModelConfig
+from models.config import ModelConfig
 
 _LLAMA_3_ROPE = {
     "rope_type": "llama3",

@@ -31,8 +31,8 @@ from models.compressed import (
     read_scheme,
     stored_shapes,
 )
-from models.files import read_hf_config
-from models.model import Block, ModelConfig, RowLinear, Transformer, is_quantized
+from models.config import ModelConfig, is_quantized, read_hf_config
+from models.model import Block, RowLinear, Transformer
 from models.qlinear import GROUP_SIZES, MODES, MixedScheme, Quantized, QuantizedLinear, Scheme, Schemes, quantize
 from models.tp import Parallel, shard_dim, size_of, tensor_parallel_part
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from models.chats import Chat, read_chat, without_nulls
 from models.checkpoint import WeightFiles
-from models.files import read_hf_config
+from models.config import read_hf_config
 from models.forward import forward_rows
 from models.model import Transformer
 from models.parts import encode_continuation

@@ -15,10 +15,11 @@ from models.checkpoint import MERGED, folder_config, hf_name
 from models.checksums import DIGESTS, digests_of
 from models.common import Bounds, Runtime, at_least_one, flag, flags_of, is_main_rank, on_main, positive, say
 from models.compressed import LINEARS, linear_layers
+from models.config import ModelConfig
 from models.files import naming_file, write_json, write_whole
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fingerprint
 from models.lora import CRITIC, Lora, LoraLinear
-from models.model import ModelConfig, Transformer
+from models.model import Transformer
 from models.noise import noise_key
 from models.qlinear import Scheme
 from models.quantize import check_scheme

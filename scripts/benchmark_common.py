@@ -28,8 +28,8 @@ from models.common import (
     say,
     short_bar,
 )
+from models.config import ModelConfig
 from models.cpu_linear import has_bf16_products
-from models.model import ModelConfig
 from models.presets import PRESETS
 
 SIZES = {

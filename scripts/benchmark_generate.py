@@ -13,10 +13,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.common import Runtime, at_least_one, flag, refuse_idle, short_bar
+from models.config import ModelConfig
 from models.decode import can_pack, to_inference, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, Request
-from models.model import ModelConfig, Transformer
+from models.model import Transformer
 from models.qlinear import MODES, Scheme
 from models.quantize import QuantizeArgs, check_scheme, quantize_in_place, rounding_scheme
 from models.sampling import SamplingParams

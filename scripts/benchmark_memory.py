@@ -20,9 +20,9 @@ from models.common import (
     refuse_idle,
     say,
 )
+from models.config import ModelConfig
 from models.fsdp import ParallelArgs, clip_grad_norm, reducing_gradients
 from models.lora import Lora
-from models.model import ModelConfig
 from models.qlinear import Scheme
 from models.quantize import QuantizeArgs, check_scheme, rounding_scheme
 from models.vocab_parallel import CHUNK_TOKENS

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from inference.lines import write_lines
 from models.common import Runtime, at_least_one, card, dtype_name, flag, say, short_bar
+from models.config import ModelConfig
 from models.decode import load_for_inference
 from models.export import save_folder
 from models.generation import Engine, Request
-from models.model import ModelConfig, Transformer
+from models.model import Transformer
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 from scripts.benchmark_common import SIZES, AnswerArgs, LayoutArgs, SpeedArgs, run_speed_job, why_it_failed

@@ -9,9 +9,10 @@ import torch.distributed as dist
 
 from models.common import Runtime, at_least_one, flag
 from models.compressed import linear_layers
+from models.config import ModelConfig
 from models.fsdp import ParallelArgs, clip_grad_norm, frozen_dtype, init_mesh, parallel_of, shard_model
 from models.lora import Lora, LoraLinear, add_adapters
-from models.model import ModelConfig, Transformer
+from models.model import Transformer
 from models.qlinear import quantize
 from models.tp import local, tensor_parallel_part
 from models.trained_adapters import base_scheme

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 
 from models.common import Runtime
-from models.model import ModelConfig
+from models.config import ModelConfig
 from scripts.benchmark_common import seconds_of
 from scripts.peer_transformers import required
 from scripts.workload import counted, random_ids

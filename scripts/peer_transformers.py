@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models.common import DTYPES, Runtime, dtype_name
-from models.model import ModelConfig
+from models.config import ModelConfig
 from scripts.benchmark_common import seconds_of
 from scripts.workload import random_ids
 from training.optim import make_optimizer

@@ -27,9 +27,8 @@ from models.checkpoint import Folder, ModelArgs, WeightFiles, folder_config, has
 from models.checksums import check_weights
 from models.common import at_least_one, card, choose_runtime, flag, refuse_idle, run_script, say
 from models.compressed import is_linear_weight, quantization_config
+from models.config import ModelConfig, is_quantized, read_hf_config
 from models.export import STAGING, save_folder
-from models.files import read_hf_config
-from models.model import ModelConfig, is_quantized
 from models.pad_token import choose_pad_token, pad_changes
 from models.qlinear import GROUP_SIZES
 from models.quantize import check_runnable, choose_scheme, rounded_tensors, with_int8

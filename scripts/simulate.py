@@ -34,9 +34,9 @@ from models.common import (
     run_script,
     say,
 )
+from models.config import ModelConfig
 from models.generation import PREFILL_TOKENS, Engine, Request
 from models.gpu import PEAKS
-from models.model import ModelConfig
 from models.paged_cache import Chunk
 from models.pages import PAGE, pages_for
 from models.sampling import SamplingParams

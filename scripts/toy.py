@@ -36,9 +36,10 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 from models.common import at_least_one, flag, non_negative, refuse_idle, run_script
+from models.config import ModelConfig
 from models.export import save_folder
 from models.files import naming_file
-from models.model import ModelConfig, Transformer
+from models.model import Transformer
 from models.records import get_field, read_records
 from models.shared import check_writable
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from models.common import at_least_one, flag, positive
+from models.config import ModelConfig
 from models.generation import Request
-from models.model import ModelConfig
 
 FIRST_TOKEN = 3  # lowest id in random prompts: those below are special tokens
 

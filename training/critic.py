@@ -9,10 +9,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import Folder, has_score_head, model_folder, say_of_dropout
 from models.common import Runtime, flag, non_negative
-from models.files import read_hf_config
+from models.config import ModelConfig, is_quantized, read_hf_config
 from models.fsdp import check_loadable, load_for_training
 from models.lora import CRITIC, Lora
-from models.model import ModelConfig, Transformer, is_quantized
+from models.model import Transformer
 from models.shared_base import OnSharedBase
 from models.trained_adapters import choose_lora
 from training.frozen import RewardFolder, check_reader

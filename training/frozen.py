@@ -13,8 +13,9 @@ from models.chats import Chat
 from models.checkpoint import Folder, WeightFiles, model_config, model_folder, open_folder
 from models.checksums import check_files
 from models.common import Runtime, flag, refuse_idle, say
+from models.config import ModelConfig
 from models.fsdp import load_frozen
-from models.model import ModelConfig, Transformer
+from models.model import Transformer
 from models.qlinear import Schemes
 from models.quantize import GroupSizeArgs, check_runnable, choose_scheme
 from models.records import check_ids, encode_generated, ids_at_the_end

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from models.chats import Chat
 from models.checkpoint import Folder
 from models.common import Bounds, at_least_one, count_or_auto, flag, non_negative
+from models.config import ModelConfig
 from models.generation import PrefillArgs
-from models.model import ModelConfig
 from models.records import (
     EncodingCounts,
     Limits,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from inference.lines import write_lines
 from models.common import Runtime
-from models.model import ModelConfig
+from models.config import ModelConfig
 from scripts.benchmark_common import SIZES
 from scripts.benchmark_ppo import text_of, write_policy, write_reward_model
 from scripts.report.record import (

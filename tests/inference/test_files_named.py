@@ -8,7 +8,7 @@ import pytest
 
 from inference.lines import LineWriter, begin, write_lines
 from models.checkpoint import open_folder
-from models.model import ModelConfig
+from models.config import ModelConfig
 from tests import tiny
 from tests.forked import Forked
 

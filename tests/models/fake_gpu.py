@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import attention, decode_rows, paged_cache, qlinear, sampling, vocab_parallel
+from models.config import ModelConfig
 from models.graphs import StepRunner
-from models.model import ModelConfig, Transformer
+from models.model import Transformer
 from models.qlinear import Quantized, Scheme
 from models.vocab_parallel import fused_head
 from tests.stand_ins import Graph

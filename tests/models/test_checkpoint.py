@@ -16,8 +16,8 @@ from models.checkpoint import (
     open_folder,
     stored_dtype,
 )
+from models.config import read_hf_config
 from models.export import save_folder
-from models.files import read_hf_config
 from models.qlinear import Scheme
 from models.quantize import load_quantized
 from tests import tiny

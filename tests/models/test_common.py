@@ -24,7 +24,7 @@ from models.common import (
     parse_args,
     run_main,
 )
-from models.model import ModelConfig
+from models.config import ModelConfig
 from tests import tiny
 
 

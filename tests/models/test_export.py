@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 
 from models import export
 from models.checkpoint import WeightFiles, folder_config, load_model, stored_dtype
+from models.config import read_hf_config
 from models.export import CannotHold, complete_export, save_folder
-from models.files import read_hf_config, write_whole
+from models.files import write_whole
 from models.fsdp import start_ranks
 from tests import tiny
 from tests.forked import fork

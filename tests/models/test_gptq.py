@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from models.calibration import STEPS, BlockPair, Rows, input_sums
 from models.checkpoint import WeightFiles, load_model
+from models.config import ModelConfig
 from models.gptq import CLIPPED, COLUMNS, Curvature, clipped_scale, gptq, refit_integers, refit_scales
-from models.model import ModelConfig
 from models.qlinear import Scheme, dequantize, quantize, round_int4
 from models.tokenizer import Tokenizer
 from scripts.toy import write_world

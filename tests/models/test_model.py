@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from models.checkpoint import load_model, open_folder
-from models.model import ModelConfig, Transformer
+from models.config import ModelConfig
+from models.model import Transformer
 from models.presets import PRESETS
 from tests import tiny
 

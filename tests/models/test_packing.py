@@ -8,8 +8,9 @@ import torch
 
 from models import forward
 from models.attention import document_attention
+from models.config import ModelConfig
 from models.forward import forward_rows
-from models.model import ModelConfig, Transformer
+from models.model import Transformer
 from models.packing import best_fit, groups_of_ranks
 from models.records import IGNORE_INDEX, Example, Split
 from training.rollouts import answer_logps, answer_values

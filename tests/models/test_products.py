@@ -9,8 +9,9 @@ import torch
 from torch._decomp import decomposition_table
 
 from models import malloc, products
+from models.config import ModelConfig
 from models.lora import Lora, add_adapters
-from models.model import ModelConfig, Transformer
+from models.model import Transformer
 from models.qlinear import Scheme, quantize
 from models.shared_base import lora_layers
 

@@ -9,13 +9,12 @@ from models import qlinear as q
 from models.checkpoint import WeightFiles, load_model
 from models.common import Runtime
 from models.compressed import columns_of
+from models.config import ModelConfig, read_hf_config
 from models.cpu_linear import FloatMatrix, FloatProducts, HalfMatrix, half_matrix, has_fbgemm
 from models.decode import InferenceLinear, can_pack, load_for_inference, weight_bytes
 from models.decode_cpu import QuantizedHead
 from models.export import save_folder
-from models.files import read_hf_config
 from models.generation import Engine, Request
-from models.model import ModelConfig
 from models.qlinear import Quantized, QuantizedLinear, Scheme, dequantize, quantize
 from models.quantize import check_scheme, choose_scheme, load_quantized, rounding_scheme
 from models.sampling import SamplingParams

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from models.common import Runtime
+from models.config import ModelConfig
 from models.cpu_linear import has_bf16_products, has_fbgemm
 from models.decode import can_pack
 from models.fsdp import ParallelArgs
 from models.generation import Engine, Request
-from models.model import ModelConfig
 from models.qlinear import Scheme
 from models.sampling import SamplingParams
 from scripts import benchmark_common, benchmark_generate, benchmark_grpo

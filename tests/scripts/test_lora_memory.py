@@ -7,9 +7,9 @@ import torch
 
 from models.common import Runtime
 from models.compressed import linear_layers
+from models.config import ModelConfig
 from models.fsdp import ParallelArgs
 from models.lora import Lora
-from models.model import ModelConfig
 from scripts.benchmark_memory import lora_memory, measure_memory
 
 CONFIG = ModelConfig(1000, 256, 688, 4, 8, 4, 32, 4096)

@@ -5,7 +5,7 @@ import torch
 
 from models.checkpoint import WeightFiles
 from models.common import Runtime
-from models.model import ModelConfig
+from models.config import ModelConfig
 from models.quantize import check_runnable, choose_scheme
 from tests import tiny
 

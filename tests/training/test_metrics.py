@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.common import Runtime
 from models.compressed import linear_layers
+from models.config import ModelConfig
 from models.lora import Lora, add_adapters
-from models.model import ModelConfig, Transformer
+from models.model import Transformer
 from tests import tiny
 from training import run_dir
 from training.metrics import Metrics, check_installed

@@ -15,10 +15,10 @@ from transformers import LlamaConfig
 
 from models import identity, shared
 from models.common import flag
+from models.config import ModelConfig
 from models.files import write_json
 from models.functions import FunctionPlace
 from models.identity import CONTENTS, begun_with
-from models.model import ModelConfig
 from models.quantize import rounding_scheme
 from tests import tiny
 from tests.models.test_shared import answer_of, end, in_child

@@ -313,11 +313,14 @@ class _Dispatcher(threading.Thread):
             task.end(Grade(float(reply.get("value", math.nan)), reply.get("failure")))
             worker.draining |= reply.get("drain", False)
             if reply.get("last") or (worker.draining and not worker.running):
-                self._lost(worker, found=True)
+                self._lost(worker, found=True, alone=reply.get("last", False))
 
-    def _lost(self, worker: _Worker, why: str | None = None, *, gone: bool = False, found: bool = False) -> None:
+    def _lost(
+        self, worker: _Worker, why: str | None = None, *, gone: bool = False, found: bool = False, alone: bool = True
+    ) -> None:
         """Ends a process and replaces it. why: the failure of its answer, if it had only one; gone: see stop; found:
-        whether the answer at fault has been taken, so that the others are graded again as before."""
+        whether one that failed has been taken; alone: whether each of the others is graded alone from now on, since
+        they may be at fault (together they may need more memory than there is), rather than as before."""
         tasks, ready = list(worker.running.values()), worker.ready
         end = worker.stop(gone=gone)
         if not ready:
@@ -327,6 +330,6 @@ class _Dispatcher(threading.Thread):
             tasks[0].end(Grade(math.nan, why or end))
         else:
             for task in reversed(tasks):
-                task.alone |= not found
+                task.alone |= alone
                 self.queue.appendleft(task)
         self._start(worker)

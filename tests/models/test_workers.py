@@ -81,6 +81,9 @@ async def judge(prompt, completion, example):
     if completion in globals(): globals()[completion]()
     if completion == "slow": await asyncio.sleep(1000)
     if completion == "later": await asyncio.sleep(0.5)
+    if completion == "hold":
+        held = bytes(200_000_000)  # not touched, which would take its time
+        await asyncio.sleep(0.05)
     if completion == "start_in_a_thread": await asyncio.to_thread(start)
     if completion == "thread": await asyncio.to_thread(time.sleep, 0.3)
     if completion == "program": await (await asyncio.create_subprocess_exec("sleep", "1000.25")).wait()
@@ -218,7 +221,8 @@ def test_async_functions_run_side_by_side(file):
 def test_what_async_functions_start(file, mark, monkeypatch):
     """Catches answers that wait for a thread until they are late, programs that hang for a whole deadline one after the
     other, a program that outlives its answer, also while others are graded without a pause, an answer that loses its
-    grade to one beside it that takes all memory, and an async function not seen to be one."""
+    grade to one beside it that takes all memory, or to all those that do not fit beside it, and an async function not
+    seen to be one."""
     starts, start = [], _Worker.start
     monkeypatch.setattr(_Worker, "start", lambda self, settings: (starts.append(self), start(self, settings)))
     with contextlib.closing(
@@ -232,6 +236,8 @@ def test_what_async_functions_start(file, mark, monkeypatch):
             assert not any(isinstance(each, float) for each in others) and isinstance(last, float)
             assert pool.submit(1, "p", "a", {}).result().failure is None
             assert len(starts) == 2 or "eat" in hanging  # a process has taken the place of the one with programs
+        futures = [pool.submit(0, "p", "hold", {}) for _ in range(10)]
+        assert sum(isinstance(outcome(future.result()), str) for future in futures) == 1
         before = len(starts)
         futures = [pool.submit(0, "p", name, {}) for name in ("start", *["a"] * 300)]
         assert futures[250].result().failure is None and len(starts) == before + 1  # not only when the last has ended

@@ -24,6 +24,8 @@ CONTENTS = "content_digests"  # key beside the flags: {flag: digest, or a list o
 # Flags with these endings name a data file, a model or an adapter. Another folder is a mistake that is reported later;
 # it may be a whole disk, and is not hashed.
 NO_OTHER_FOLDER = ("_file", "checkpoint_path", "adapter_path")
+# Flags in which nodes may differ. Not all that a resumed run may change: some of these decide which collectives run.
+OF_A_NODE = ("data_cache", "data_workers", "reward_workers", "reward_memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,8 @@ def check_ranks_agree(args, begun: dict) -> None:
     dist.all_gather_object(ranks, own)
     reads = bool(theirs) and 0 < dist.get_rank() == ranks.index(own)
     now, earlier = vars(args) | {CONTENTS: _contents(args) if reads else theirs}, ranks[0][2] | {CONTENTS: theirs}
-    kinds = {each.name: _difference(each, now, earlier) for each in flags_of(type(args))}
+    flags = [each for each in flags_of(type(args)) if each.name not in OF_A_NODE]
+    kinds = {each.name: _difference(each, now, earlier) for each in flags}
     names = [f"other content of --{name}" for name, kind in kinds.items() if kind == "content"]
     names = names or [f"another --{name}" for name, kind in kinds.items() if kind == "value"]
     found: list = [None] * len(ranks)

@@ -28,7 +28,8 @@ def test_a_policy_that_breaks_on_one_rank(tmp_path):
 
 def test_nodes_that_differ(tmp_path):
     """Catches nodes that train, sample or score together from other models, data or flags, of which the saved model or
-    the output says nothing; and a refusal of a path that differs from node to node and holds the same content."""
+    the output says nothing; and a refusal of a path that differs from node to node and holds the same content, or of
+    another cache or number of processes."""
     tiny.write_model(tmp_path / "lm", num_hidden_layers=1)
     write_reward_model(tmp_path / "rm", num_hidden_layers=1)
     for rank in (0, 1):
@@ -39,6 +40,7 @@ def test_nodes_that_differ(tmp_path):
         tiny.write_records(node / "other.jsonl", [{"prompt": f"{rank}", "completion": "b"}])
     shared = ["--max_new_tokens", 2, "--output_file", tmp_path / "out.jsonl"]
     sft = ["training.finetune_sft", "--checkpoint_path", "lm-{rank}", "--output_dir", tmp_path / "run"]
+    sft += ["--data_cache", "cache-{rank}", "--data_workers", "{rank}1"]
     jobs = {
         "other content of --train_file": [*sft, "--train_file", "other.jsonl"],
         "another --learning_rate": [*sft, "--train_file", "same.jsonl", "--learning_rate", "0.{rank}1"],

@@ -8,6 +8,7 @@
   contents of the messages
 """
 
+import contextlib
 import itertools
 import statistics
 from collections import Counter
@@ -47,7 +48,10 @@ def grade_file(args) -> None:
     tokenizer = None
     if args.checkpoint_path is not None:
         check_files(args.checkpoint_path)
-        if has_score_head(args.checkpoint_path):
+        is_reward_model = False
+        with contextlib.suppress(FileNotFoundError):  # its weights may be elsewhere: no model runs here
+            is_reward_model = has_score_head(args.checkpoint_path)
+        if is_reward_model:
             why = "beside a --grader it is the model that answered; a reward model scores in a run of its own"
             raise ValueError(f"--checkpoint_path {args.checkpoint_path}: {why}")
         today = day_of(args)

@@ -37,6 +37,16 @@ def begun_on(output_file: Path) -> str | None:
     return read_json_object(sidecar(output_file), missing_ok=True).get("chat_date")
 
 
+def sampled_on(file: Path, most_steps: int = 8) -> str | None:
+    """Returns the date given to chat templates when a file of samples was begun, or one from which it was graded,
+    scored or chosen; None if it is not known. most_steps: scripts that may lie between, since files may be renamed."""
+    for known in (file, all_scored(file)):
+        if day := begun_on(known):
+            return day
+    source = read_json_object(sidecar(file), missing_ok=True).get("data_file")
+    return sampled_on(Path(source), most_steps - 1) if source and most_steps else None
+
+
 def all_scored(chosen: Path) -> Path:
     """Returns the file of all scored records beside that of the chosen ones."""
     return chosen.with_name(f"{chosen.stem}.scored{chosen.suffix}")
@@ -44,10 +54,10 @@ def all_scored(chosen: Path) -> Path:
 
 def day_of(args) -> date:
     """Returns the date that chat templates are told by score.py: --chat_date, else the day that the resumed run began,
-    else the day that generate.py (or score.py, maybe in choosing from it) began --data_file, so that answers follow the
-    prompts they were drawn for, else today. args: the ScoreArgs of score.py."""
+    else the day of the samples in --data_file, so that answers follow the prompts they were drawn for, else today.
+    args: the ScoreArgs of score.py."""
     resumed = begun_on(args.scored_file) if args.resume else None
-    return chat_day(args.chat_date, resumed or begun_on(args.data_file) or begun_on(all_scored(args.data_file)))
+    return chat_day(args.chat_date, resumed or sampled_on(args.data_file))
 
 
 def day_told(day: date, template: ChatTemplate | None) -> dict[str, str]:

@@ -36,7 +36,8 @@ def test_lines_are_scored_as_they_were_asked(tmp_path, prompt):
 
 def test_lines_are_scored_on_the_day_they_were_drawn(tmp_path):
     """Catches a template that is told another date when the answer is scored or graded than when it was drawn; and
-    lines that lie beside no record of their day, not scored with today's, or with a stated one."""
+    lines that lie beside no record of their day, not scored with today's, or with a stated one; or that were graded
+    without a folder in between."""
     folder, rm, lines = tmp_path / "model", tmp_path / "rm", tmp_path / "lines.jsonl"
     tiny.write_model(folder)
     write_reward_model(rm)
@@ -46,7 +47,7 @@ def test_lines_are_scored_on_the_day_they_were_drawn(tmp_path):
     result = tiny.run("inference/generate.py", *given, "--chat", "--prompt", "1 plus 2", "--chat_date", "2024-02-29")
     assert result.code == 0, result.stderr
     days = "def day(prompts, completions, examples): return [int(text.startswith('29 Feb 2024')) for text in prompts]"
-    (tmp_path / "g.py").write_text(days)
+    (tmp_path / "g.py").write_text(f"{days}\ndef number(prompts, completions, examples): return [0.5] * len(prompts)")
     copy, rewards, today = tiny.write_records(tmp_path / "copy.jsonl", tiny.read_lines(lines)), [], date.today()
     stated = ("--chat_date", "2024-02-29")
     best = tiny.write_records(tmp_path / "best.jsonl", tiny.read_lines(lines))  # as --best_of_n leaves it
@@ -63,6 +64,12 @@ def test_lines_are_scored_on_the_day_they_were_drawn(tmp_path):
             )
         rewards.append(tiny.read_lines(tmp_path / f"scored-{i}")[0]["reward"])
     assert rewards[0] == rewards[1] == rewards[3] != rewards[2]
+    graded, again = tmp_path / "graded.jsonl", tmp_path / "again.jsonl"  # a grader alone knows no day
+    number = tmp_path / "g.py:number"
+    assert tiny.run("inference/score.py", "--grader", number, "--data_file", lines, "--output_file", graded).code == 0
+    flags = ("--data_file", graded, "--output_file", again)
+    assert tiny.run("inference/score.py", "--checkpoint_path", rm, *flags).code == 0
+    assert tiny.read_lines(again)[0]["reward"] == rewards[0]
 
 
 def test_contents_in_parts_are_read(tmp_path):

@@ -126,7 +126,8 @@ def test_failures_and_forms(file, tmp_path):
 
 def test_prompts_are_those_of_training(tmp_path):
     """Catches a chat that a function gets otherwise than in training, so that a thought which the template opens has no
-    beginning; a text prompt that is rendered; and a chat template that was damaged since the folder's export."""
+    beginning; a text prompt that is rendered; weights that are asked for, where only a template is used; and a chat
+    template that was damaged since the folder's export."""
     folder, out = tmp_path / "lm", tmp_path / "out.jsonl"
     tiny.write_model(folder)
     tiny.write_tokenizer(folder, chat_template="{{ bos_token }}{{ messages[0].content }} assistant:<think>\n")
@@ -144,6 +145,8 @@ def test_prompts_are_those_of_training(tmp_path):
         assert grade(form, data, tmp_path / name, *flags).code == 0
         assert [line["grade"] for line in tiny.read_lines(tmp_path / name)] == wanted
     assert grade(form, data, tmp_path / "with", *given, "--resume").code == 0
+    (folder / "model.safetensors").unlink()
+    assert grade(form, data, tmp_path / "laptop", *given).code == 0
     (folder / CHECKSUMS).write_text(json.dumps({"files": {"tokenizer_config.json": "0" * 64}, "weights": {}}))
     result = grade(form, data, tmp_path / "damaged", *given)
     tiny.assert_refused(result, f"{folder / 'tokenizer_config.json'}: is damaged or was edited")

@@ -202,8 +202,10 @@ def samples_done(args: GenerateArgs, num_records: int) -> tuple[np.ndarray, int]
 
 def check_prompts_of_samples(args: GenerateArgs, source: PromptSource) -> None:
     """Raises ValueError if a sample in the output file is of another prompt than the one at its place, which
-    --accept_changed admits: other prompts would have no sample, or those of a neighbour."""
-    if not args.resume or {"prompt", "prompt_file"}.isdisjoint(args.accept_changed or ()):
+    --accept_changed admits: other prompts would have no sample, or those of a neighbour. Not where it also admits
+    flags that alter every prompt."""
+    accepted = set(args.accept_changed or ()) if args.resume else set()
+    if not accepted & {"prompt", "prompt_file"} or accepted & {"system", "chat"}:
         return
     of_idx: dict[int, dict[str, int]] = {}  # {idx: {digest of its prompt: number of a line}}
     for number, line in enumerate(read_begun(args.output_file, "generate.py", ("idx", "prompt")), start=1):

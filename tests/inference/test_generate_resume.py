@@ -245,7 +245,7 @@ def test_resume_with_other_prompts_or_another_model_is_refused(half_done, tmp_pa
 
 def test_resume_with_a_prompt_inserted(half_done, tmp_path):
     """Catches a prompt without a sample, and one with a neighbour's, after an accepted edit of the prompt file; and a
-    correction of prompts that have no sample yet refused."""
+    correction of prompts that have no sample yet refused, or of a flag that alters all prompts."""
     folder, _, begun = half_done
     out, corrected, inserted = (tmp_path / name for name in ("out.jsonl", "corrected.jsonl", "inserted.jsonl"))
     for source, target in ((begun, out), (sidecar(begun), sidecar(out))):
@@ -261,6 +261,10 @@ def test_resume_with_a_prompt_inserted(half_done, tmp_path):
     assert generate(folder, *run_flags(corrected, out, *accept)).code == 0
     prompts_of = {line["idx"]: line["prompt"] for line in tiny.read_lines(out)}
     assert [prompts_of[i] for i in range(5)] == [*(record["prompt"] for record in other), "last"]
+    templated = shutil.copytree(folder, tmp_path / "templated")
+    tiny.write_tokenizer(templated, chat_template="{{ messages[0].content }}")
+    both = generate(templated, *run_flags(corrected, out, *accept, "checkpoint_path", "chat", "--chat"))
+    assert both.code == 0, both.stderr
 
 
 def test_resume_of_a_run_that_has_not_ended(half_done, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from models.files import naming_file, read_json_object, write_json, write_whole
 from models.functions import short
 
 UNFINISHED = "unfinished.json"  # the metrics of a step whose evaluation a signal interrupted, or whose export failed
+HAS_LINE = "has_line"  # key there: whether the step has a line already, because a run ends here that was to go on
 
 
 def check_installed(report_to: str) -> None:
@@ -62,12 +63,14 @@ def read_unfinished(output_dir: Path, step: int, total_steps: int) -> tuple[dict
     if line.get("step", step) != step:
         path.unlink()
         line = {}
-    if line or not 0 < step == total_steps:
-        return line, bool(line)
+    if line:
+        return line, not line.pop(HAS_LINE, False)
+    if not 0 < step == total_steps:
+        return {}, False
     line = next((line for line, _ in logged(output_dir / "metrics.jsonl") if line["step"] == step), {"step": step})
     if any(name.startswith("eval_") for name in line):
         return {}, False
-    write_json(path, line)  # kept until the line is written again and the model exported
+    write_json(path, line | {HAS_LINE: True})  # kept until the line is written again and the model exported
     return line, False
 
 

@@ -47,7 +47,7 @@ from models.shared import check_free, check_shared, hold
 from models.trained_adapters import LoraArgs, adapter_tensors, check_base_is_the_same, remove_merged, write_adapter
 from training.checkpoints import CheckpointWriter, all_fit, load_newest_checkpoint
 from training.data import ORDER, order_flags
-from training.metrics import UNFINISHED, Metrics, check_installed, logged, read_unfinished
+from training.metrics import HAS_LINE, UNFINISHED, Metrics, check_installed, logged, read_unfinished
 from training.output_dir import CHANGED_AFTER, prepare_output_dir
 from training.stop import Stop, any_rank, drop_what_nobody_reads
 
@@ -246,7 +246,9 @@ class Run:
         """Saves the state, unless it is mid-update or saved already, and the metrics of an interrupted evaluation.
         Returns where the run ended ("after step 3"). failed: after an error; then no older checkpoint is deleted."""
         if self._evaluated is not None and is_main_rank():
-            write_json(self.args.output_dir / UNFINISHED, {"step": self.step, **self._evaluated})
+            has_line = self.step < self.first_step and not self.interrupted
+            values = {"step": self.step, **self._evaluated, HAS_LINE: has_line}
+            write_json(self.args.output_dir / UNFINISHED, values)
         done = self.stop.state_of
         when = f"after {self._unit} {done}" if done else f"before the first {self._unit}"
         if done is None:

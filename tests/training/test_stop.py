@@ -227,6 +227,19 @@ def test_stop_kl_after_a_signal(script, update, world, tmp_path, monkeypatch):
     assert not (tmp_path / "out/unfinished.json").exists()
 
 
+def test_stop_kl_then_a_signal(world, tmp_path, monkeypatch):
+    """Catches a run that a bound on the KL has ended, resumed to end there, that can never export its model once a
+    signal has interrupted the evaluation before it."""
+    out, last = tmp_path / "out", {"stop_kl": 1e-6, "resume": True, "total_steps": 1, "accept_changed": "total_steps"}
+    result = run(world, "train_grpo.py", out, code=2, stop_kl=1e-6, total_steps=9)
+    assert "--stop_kl 1e-06: the KL of update 1 is " in result.stderr
+    with monkeypatch.context() as patch:
+        stop_at(patch, "train_grpo.py", "draw", 1)
+        assert "stopped by a signal after step 1;" in run(world, "train_grpo.py", out, **last).stdout
+    run(world, "train_grpo.py", out, **last)
+    assert (out / "config.json").exists() and not (out / "unfinished.json").exists()
+
+
 RUDE = """
 import os, signal, torch
 

@@ -162,7 +162,7 @@ def marked_answer(text: str) -> str | None:
     if last is not None and HEADING.match(last) is None:
         line = last.partition("\n")[0]
         stated = line[max((match.end() for match in ANSWER_IS.finditer(line)), default=0) :].strip()
-        return line.strip() if NO_ANSWER.match(stated) else stated
+        return line.strip() if NO_ANSWER.match(stated) and re.search(r"\d", line) else stated  # "18: it is correct"
     return _stated(text) if tagged is None else _within(tagged)
 
 

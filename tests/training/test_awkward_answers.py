@@ -152,6 +152,8 @@ STATED = [  # (whole text, gold, whether its answer is right)
     ("It is 18. No, that answer is wrong.", "18", 0),
     ("I have 18. The answer is six.", "18", 0),
     ("I have 18, so the answer is clear: 20", "18", 0),
+    ("#### The answer is correct", "correct", 1),
+    ("#### The answer is wrong", "correct", 0),
     (r"18? The answer is correct: \boxed{correct}", "18", 0),
     ("The answer is calculated as 9*2 = 18.", "18", 1),
     ("The answer is calculated as 9*2 = 18. That is for 2 days.", "18", 1),

@@ -94,30 +94,15 @@ class RunArgs(ModelArgs, AcceptArgs, LoraArgs):
 
 
 class Run:
-    """Everything around the steps of a training run. A script calls it in this order:
-
-    run = Run(args)                                 refuses flags and folders that cannot work, before loading anything
-    run.begin(model, optimizer, ...)                with --resume restores both; sets first_step, total_steps
-    if run.first_step == 1:
-        run.log_start(metrics)
-    if run.unfinished:                              the metrics of a step whose evaluation a signal interrupted, or
-        ...                                         whose export failed: evaluate, log and export as below
-    for step, numbers in run.steps(batches, ...):   saves, or stops after a signal, after the loop's body;
-        run.check_finite(...)                       in reinforcement learning: for step in run.updates()
-        run.begin_update()                          before the optimizer's first step
-        if run.eval_due:
-            with run.evaluating(metrics): ...
-        run.log(metrics)                            from here on the state is that after this step
-        if run.export_due:
-            run.export(model, subfolder=run.step_folder)
-    run.export(model)
+    """Everything around the steps of a training run; "How to add a stage" in training/README.md has the calls in order.
 
     A signal, or an error that all ranks raise, ends the run at one of these calls or in run.stop.check, which save the
     state first. runtime: the device, dtype and compilation that the flags choose; today: the date for chat templates.
     step, numbers: the current step and its records; first_step: the one to start with, counted from 1.
-    interrupted: whether the unfinished step has no line yet, rather than one without an evaluation. last_line: the step
-    up to which logs are kept, -1 for a new run. num_tokens: processed so far; speed() adds to it.
-    changed: the flags in which a resumed run differs from its checkpoint, as --accept_changed allows.
+    unfinished: the metrics of a step whose evaluation a signal interrupted, or whose export failed, to be evaluated,
+    logged and exported first; {} otherwise. interrupted: whether that step has no line yet, rather than one without an
+    evaluation. last_line: the step up to which logs are kept, -1 for a new run. num_tokens: processed so far; speed()
+    adds to it. changed: the flags in which a resumed run differs from its checkpoint, as --accept_changed allows.
     """
 
     def __init__(self, args: RunArgs):

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,10 +65,7 @@ class CheckpointWriter:
         """Saves the current state of model and optimizer. A collective."""
         self.finish()
         path = self.output_dir / "checkpoints" / f"step-{step:06d}"
-        for left_over in path.parent.glob(".step-*.partial") if is_main_rank() else ():  # of a run killed while saving
-            _remove(left_over)
-        if dist.is_initialized():
-            dist.barrier()
+        on_main(lambda: _remove(path.parent.glob(".step-*.partial")))  # of a run killed while saving
         state = _state(self.model, self.optimizer)
         if self._thread is None:
             self._write(state, path)
@@ -98,16 +95,15 @@ class CheckpointWriter:
         os.rename(staging, path)
         present = _checkpoints(self.output_dir)
         kept = present[: present.index(path) + 1][-self.limit :]
-        for other in present:
-            if other not in kept:
-                _remove(other)
+        _remove(other for other in present if other not in kept)
 
 
-def _remove(folder: Path) -> None:
-    """Removes a folder, which a user may be removing, too; one that cannot be removed does not end the run."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.exists():
-        say(f"{folder}: cannot be removed, at least not yet")
+def _remove(folders: Iterable[Path]) -> None:
+    """Removes folders, which a user may be removing, too; one that cannot be removed does not end the run."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            say(f"{folder}: cannot be removed, at least not yet")
 
 
 def _reason(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from models.chats import Chat
 from models.checkpoint import model_folder
-from models.common import Bounds, flag, is_main_rank, non_negative, positive, say
+from models.common import Bounds, flag, non_negative, on_main, positive, say
 from models.fsdp import reshard
 from models.functions import FunctionPlace, Grade, Grader, call_batch, load_grader, undisturbed
 from models.model import Transformer
@@ -330,13 +330,9 @@ class Scorer:
 
     def _ask_batch(self, function: Grader, *columns: list) -> list[Grade]:
         """Calls a batch function on the main rank and returns its grades on all ranks; a signal interrupts the call."""
-        outcome = [None]
-        if is_main_rank():
-            outcome = [self.stop.call(_grades_of_batch, function, *columns)]
-        wait_for_all_ranks()  # a function may take longer than a collective's timeout
-        dist.broadcast_object_list(outcome, src=0)
+        grades = on_main(lambda: self.stop.call(_grades_of_batch, function, *columns))
         self.stop.check()
-        return outcome[0]
+        return grades
 
     def _collect(self, num_answers: int) -> dict[str, list[Grade]]:
         """Waits for the per-answer functions and returns their grades of all answers, by function. A collective."""

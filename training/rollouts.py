@@ -217,3 +217,22 @@ def pass_rates(checked: Tensor | None, num_generations: int) -> dict[str, float]
     passed = (checked >= 1).view(-1, num_generations).sum(dim=1).tolist()
     ks = sorted({*(2**i for i in range(num_generations.bit_length())), num_generations})
     return {f"pass@{k}": sum(pass_at_k(num_generations, n, k) for n in passed) / len(passed) for k in ks}
+
+
+def check_first_minibatch(
+    means: dict[str, float], logps: Tensor, others: dict[str, Tensor], mask: Tensor, dtype: torch.dtype
+) -> None:
+    """Raises RuntimeError unless, at an update's first minibatch, the policy is still the one that sampled: its ratio
+    is 1, and its log-probs are those of others with the same weights (a wrong sampling temperature would leave the
+    ratio at 1). means: of the minibatch, from TokenSums. logps: of the policy, fp32 [A, R]; others: {whose: theirs};
+    mask: the answers' tokens. dtype: of the computation."""
+    least, most_clipped, gap = (1e-4, 0.0, 1e-3) if dtype == torch.float32 else (2e-2, 1e-2, 5e-2)
+    wrong = []
+    if not (abs(means["ratio"] - 1) <= least and means["approx_kl"] <= least and means["clipped"] <= most_clipped):
+        wrong.append(f"ratio {means['ratio']}, approxkl {means['approx_kl']}, clipfrac {means['clipped']}")
+    for name, theirs in others.items():
+        away = (logps - theirs)[mask].abs().mean().item()
+        if not away <= gap:
+            wrong.append(f"log-probs {away} away from those of the {name}, though the weights are the same")
+    if wrong:
+        raise RuntimeError(f"--debug_checks: at the first minibatch {'; '.join(wrong)}")

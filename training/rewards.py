@@ -227,25 +227,23 @@ class Scorer:
         if self.folder is not None:  # workers grade the answers while the reward model computes
             grades["reward_model"], step_rewards, num_cut = self._ask_model(prompts, rows, texts, finished)
         columns = [prompt.text for prompt in prompts], texts, [prompt.fields for prompt in prompts]
-        grades |= self._collect(len(rows))
+        of_workers = self._collect(len(rows))
         for name, function in self.functions.items():
-            if not function.per_answer:
-                grades[name] = self._ask_batch(function, *columns)
-        order = [name for name in ("reward_model", *self.functions) if name in grades]
+            grades[name] = of_workers[name] if function.per_answer else self._ask_batch(function, *columns)
         if not again:
             self.asked, self.gave, self.any_rewarded = [], set(), False
         self.asked = self.asked + prompts
         for name in self.pooled:
             self._check_some_graded(name, grades[name])
-        parts = [self._part_of_total(name, grades[name]) for name in order]
+        parts = [self._part_of_total(name, each) for name, each in grades.items()]
         parts += [-args.length_penalty * num_tokens.double(), punishment]
         parts.append(-(args.missing_eos_penalty or 0.0) * (~torch.tensor(finished)).double())
         total = sum(parts)
         total = total.masked_fill(total.abs() < 1e-12 * sum(map(abs, parts)), 0.0)  # 0.3 - 3 * 0.1 is -6e-17
         total = total.float()  # rounded once, so that other parts of the same sum are equal rewards
         device = torch.device(self.split.dp.device_type)
-        sources = {name: torch.tensor([grade.value for grade in grades[name]]).to(device) for name in order}
-        failures = {name: [grade.failure for grade in grades[name] if grade.failure] for name in order}
+        sources = {name: torch.tensor([grade.value for grade in each]).to(device) for name, each in grades.items()}
+        failures = {name: [grade.failure for grade in each if grade.failure] for name, each in grades.items()}
         self._check_some_rewarded(total)
         return Scores(total.to(device), step_rewards.to(device), num_cut, sources, failures)
 

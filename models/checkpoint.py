@@ -342,46 +342,11 @@ def load_model(
     files = files or WeightFiles(folder)
     with torch.device("meta"):
         model = Transformer(config, parallel=Parallel(tp), head=head)
-    load_weights(model, files, device=device, dtype=param_dtype, part_of=partial(tensor_parallel_part, tp=tp))
-    return model
-
-
-def load_weights(
-    model: Transformer,
-    files: WeightFiles,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype | None = None,
-    part_of: Callable[[str, tuple[int, ...]], tuple[slice, ...]],
-    without_file: dict[str, Tensor] | None = None,
-    elsewhere: dict[str, tuple[int, ...]] | None = None,
-) -> None:
-    """Loads all parameters of a model, one tensor at a time, and recomputes its buffers.
-
-    part_of(name, whole shape): the slices that this rank reads. Parameters on the meta device, which may have the whole
-    shape, are replaced; others, such as sharded ones, are filled in place. without_file: whole tensors that are not
-    read from the files, such as a new scalar head's weight [1, E]; the files' language-model head is then ignored.
-    elsewhere: whole shapes of weights that the caller will read itself. Raises ValueError if the files do not fit the
-    model or their checksums. A collective.
-    """
-    check_tensors(model, files, without_file, elsewhere)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    files.check(shapes, allowed=["lm_head.weight"] * config.tie_word_embeddings)
     check_weights(files.folder, files.paths())
-    fill_parameters(model, files, device=device, dtype=dtype, part_of=part_of, without_file=without_file)
-
-
-def check_tensors(
-    model: Transformer,
-    files: WeightFiles,
-    without_file: dict[str, Tensor] | None = None,
-    elsewhere: dict[str, tuple[int, ...]] | None = None,
-) -> None:
-    """Raises ValueError if the files do not fit the model; see load_weights. Reads only the files' headers."""
-    parameters = dict(model.named_parameters())  # tied weights appear once
-    without_file = without_file or {}
-    new_score = ["score.weight"] if "score.weight" in without_file and "score.weight" in parameters else []
-    no_head = model.config.tie_word_embeddings or new_score
-    expected = {name: tuple(p.shape) for name, p in parameters.items() if name not in without_file}
-    files.check(expected | (elsewhere or {}), allowed=["lm_head.weight"] * bool(no_head) + new_score)
+    fill_parameters(model, files, device=device, dtype=param_dtype, part_of=partial(tensor_parallel_part, tp=tp))
+    return model
 
 
 @torch.no_grad()
@@ -390,11 +355,16 @@ def fill_parameters(
     files: WeightFiles,
     *,
     device: torch.device | str,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | None = None,
     part_of: Callable[[str, tuple[int, ...]], tuple[slice, ...]],
     without_file: dict[str, Tensor] | None = None,
 ) -> None:
-    """load_weights without its checks. A scalar head is fp32, whatever the dtype."""
+    """Loads all parameters of a model from files that hold them, one at a time, and recomputes its buffers.
+
+    part_of(name, whole shape): the slices that this rank reads. Parameters on the meta device, which may have the whole
+    shape, are replaced, in dtype (a scalar head in fp32); others, such as sharded ones, are filled in place.
+    without_file: whole tensors that are not read from the files, such as a new scalar head's weight [1, E].
+    """
     without_file = without_file or {}
     for name, parameter in short_bar(dict(model.named_parameters()).items(), "loading", "tensor"):
         slices = part_of(name, tuple(parameter.shape))

@@ -31,7 +31,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from models.checkpoint import WeightFiles, check_tensors, load_weights, model_config, refuse_quantized
+from models.checkpoint import WeightFiles, fill_parameters, model_config, refuse_quantized
+from models.checksums import check_weights
 from models.common import DTYPES, Runtime, at_least_one, flag, is_main_rank, short_bar
 from models.limits import num_cores
 from models.lora import Lora, LoraLinear, add_adapters
@@ -225,12 +226,14 @@ def load_for_training(
     check_loadable does."""
     if args.cpu_offload and torch.get_num_threads() == 1:  # torchrun's default, with which AdamW would use one core
         torch.set_num_threads(num_cores(of_rank=True))
-    parallel, files = parallel_of(mesh, args.sequence_parallel), WeightFiles(folder)
-    model, given, integers = _build(folder, args, runtime, parallel, head, new_score, lora)
+    parallel = parallel_of(mesh, args.sequence_parallel)
+    built = check_loadable(folder, args, runtime, parallel, head=head, new_score=new_score, lora=lora)
+    model, files, given, integers = built
     shard_model(model, mesh, args, runtime, param_dtype if lora is None else frozen_dtype(args, runtime))
     tp, shard = sharding_meshes(mesh)
     part_of = partial(sharded_part, tp=tp, shard=shard)
-    load_weights(model, files, device=runtime.device, part_of=part_of, without_file=given, elsewhere=integers)
+    check_weights(files.folder, files.paths())
+    fill_parameters(model, files, device=runtime.device, part_of=part_of, without_file=given)
     for name, shape in short_bar(integers.items(), "rounding", "tensor"):
         part = quantized_part(files, name, shape, lora.scheme, model.parallel.tp, runtime.device)
         model.get_submodule(name.removesuffix(".weight")).set_quantized(part)
@@ -241,33 +244,22 @@ def check_loadable(
     folder: str | Path,
     args: ParallelArgs,
     runtime: Runtime,
+    parallel: Parallel = Parallel(),
     *,
     head: str = "lm",
     new_score: Tensor | None = None,
     lora: Lora | None = None,
-) -> None:
-    """Raises load_for_training's errors early, before data are tokenised: ValueError for args.cpu_offload on a CPU, for
-    a folder with the tensors of another kind of model (such as a reward model in place of a language model), and for a
-    reward model's adapters on a language model. Reads only the headers of the weight files."""
-    model, given, integers = _build(folder, args, runtime, Parallel(), head, new_score, lora)
-    check_tensors(model, WeightFiles(folder), given, integers)
-
-
-def _build(
-    folder: str | Path,
-    args: ParallelArgs,
-    runtime: Runtime,
-    parallel: Parallel,
-    head: str,
-    new_score: Tensor | None,
-    lora: Lora | None,
-) -> tuple[Transformer, dict[str, Tensor], dict[str, tuple[int, ...]]]:
-    """Returns (the model on meta, its parameters that the files do not hold, the shapes of its quantised weights)."""
+) -> tuple[Transformer, WeightFiles, dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Builds the model of load_for_training on meta, and raises its errors, early if called before data are tokenised:
+    ValueError for args.cpu_offload on a CPU, for a folder with the tensors of another kind of model (such as a reward
+    model in place of a language model), and for a reward model's adapters on a language model. Reads only the headers
+    of the weight files. Returns (the model, the files, parameters that they do not hold, shapes of quantised weights).
+    """
     if args.cpu_offload and runtime.device.type == "cpu":
         raise ValueError("--cpu_offload moves parameters out of a GPU's memory, and this run is on the CPU")
     if lora is not None and head != "score" and "score.weight" in lora.values:
         raise ValueError(f"--adapter_path {args.adapter_path}: the adapter of a reward model, whose head would be lost")
-    config = model_config(folder)
+    config, files = model_config(folder), WeightFiles(folder)
     refuse_quantized(folder)
     with torch.device("meta"):
         model = Transformer(config, runtime.dtype, parallel, head)
@@ -276,7 +268,13 @@ def _build(
             add_adapters(model, lora)
     given = ({} if new_score is None else {"score.weight": new_score}) | ({} if lora is None else lora.values)
     layers = [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, LoraLinear) and m.weight is None]
-    return model, given, {name: shapes[name] for name in layers}
+    integers = {name: shapes[name] for name in layers}
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in given}
+    ignored = ["lm_head.weight"] if config.tie_word_embeddings else []
+    if "score.weight" in given:  # instead of the files' head, of either kind
+        ignored = ["lm_head.weight", "score.weight"]
+    files.check(expected | integers, allowed=ignored)
+    return model, files, given, integers
 
 
 def load_frozen(

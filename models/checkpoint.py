@@ -301,8 +301,8 @@ class WeightFiles:
             raise ValueError(f"{self.folder}: the weights do not fit config.json: {'; '.join(problems)}")
 
 
-def _some(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def folder_config(folder: str | Path) -> dict:

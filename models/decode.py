@@ -97,7 +97,6 @@ class InferenceLinear(nn.Module):
 
 def to_inference(model: Transformer, *, pack: bool) -> Transformer:
     """Turns a model into its inference copy, in place and block by block, so that memory holds one copy of the weights.
-    The head becomes int8 if the blocks are quantised (int8, int4) and the CPU has kernels for it.
 
     pack: reorder the weights for oneDNN (see can_pack); not with torch.compile, which cannot trace packed tensors.
     Raises ValueError if a head to be quantised is not finite.
@@ -107,8 +106,11 @@ def to_inference(model: Transformer, *, pack: bool) -> Transformer:
         if block.self_attn.qkv_proj is None:  # else the block is quantised, and quantising has fused it
             _fuse(block, pack)
     if hasattr(model, "lm_head"):  # a scalar head, fp32 and one row, stays as it is
-        head = decode_cpu.quantized_head(model) if pack else None
-        model.lm_head = head or InferenceLinear([model.lm_head], pack=pack)
+        weight, is_quantized = model.lm_head.weight, isinstance(model.layers[0].self_attn.qkv_proj, QuantizedLinear)
+        if pack and is_quantized and decode_cpu.quantizes_head(weight.dtype):
+            model.lm_head = decode_cpu.QuantizedHead(weight)
+        else:
+            model.lm_head = InferenceLinear([model.lm_head], pack=pack)
     return model.eval()
 
 

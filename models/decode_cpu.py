@@ -20,7 +20,7 @@ from models.cpu_linear import FloatProducts, has_fbgemm
 from models.model import Attention, Transformer
 from models.paged_cache import Cache, Chunk, places_of
 from models.pages import PAGE, pages_for
-from models.qlinear import QuantizedLinear, Scheme, quantize
+from models.qlinear import Scheme, quantize
 from models.rope import rope_tables
 from models.tp import size_of
 
@@ -207,13 +207,6 @@ class QuantizedHead(nn.Module):
         """[..., E] -> [..., V], fp32"""
         rows = x.reshape(-1, x.shape[-1]).float()
         return self.products.for_rows(len(rows))(rows).view(*x.shape[:-1], -1)
-
-
-def quantized_head(model: Transformer) -> QuantizedHead | None:
-    """Quantises the head of a model whose blocks are quantised, if quantizes_head says so; else returns None. Raises
-    ValueError if the head is not finite."""
-    is_quantized = isinstance(model.layers[0].self_attn.qkv_proj, QuantizedLinear)
-    return QuantizedHead(model.lm_head.weight) if is_quantized and quantizes_head(model.lm_head.weight.dtype) else None
 
 
 def quantizes_head(dtype: torch.dtype) -> bool:

@@ -132,22 +132,16 @@ def with_int8(scheme: Schemes, kinds: Sequence[str], num_layers: int) -> Schemes
     return MixedScheme(by_layer | dict.fromkeys(chosen, Scheme("int8"))) if chosen else scheme
 
 
-def stored_scheme(folder: str | Path) -> Schemes | None:
-    """The scheme of a folder with quantised weights, None for any other folder. Raises ValueError for a scheme that is
-    not supported."""
-    config = read_hf_config(folder)
-    if not is_quantized(config):  # another layout is refused by ModelConfig.from_hf
-        return None
-    num_layers = ModelConfig.from_hf(folder).num_hidden_layers
-    return read_scheme(config["quantization_config"], num_layers, f"{folder}/config.json")
-
-
 def choose_scheme(
     folder: str | Path, mode: str, group_size: int | None = None, flag: str = "--quantize", tp_size: int = 1
 ) -> Schemes | None:
     """The scheme to run a folder's model with: as it is stored, or quantised as the flags say (mode none: not at all;
-    group_size None: see rounding_scheme). Raises ValueError if it is stored in another scheme than the flags'."""
-    stored = stored_scheme(folder)
+    group_size None: see rounding_scheme). Raises ValueError if it is stored in another scheme than the flags', or in an
+    unsupported one."""
+    config, stored = read_hf_config(folder), None
+    if is_quantized(config):  # another layout is refused by ModelConfig.from_hf
+        num_layers = ModelConfig.from_hf(folder).num_hidden_layers
+        stored = read_scheme(config["quantization_config"], num_layers, f"{folder}/config.json")
     if group_size is not None and mode != "int4":
         raise ValueError(f"--group_size is for {flag} int4, not for {mode}")
     if mode == "none":

@@ -43,6 +43,7 @@ from inference.lines import (
     write_lines,
 )
 from models.adapters import AdapterArgs, weight_files
+from models.batches import Split
 from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import (
     Runtime,
@@ -66,7 +67,7 @@ from models.functions import FunctionPlace, load_function, undisturbed
 from models.gpu import mean_length, peaks
 from models.identity import AcceptArgs, check_ranks_agree
 from models.quantize import QuantizeArgs, check_runnable, choose_scheme
-from models.records import Encoder, EncodingCounts, Record, Split, folder_limits, naming, require, tokenising
+from models.records import Encoder, EncodingCounts, Record, folder_limits, naming, require, tokenising
 from models.reward import (
     RewardKind,
     Scored,

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from models.attention import causal_attention, document_attention, length_multiple
+from models.batches import Split, collate, pack_row
 from models.model import Transformer
-from models.records import IGNORE_INDEX, Example, Split, collate, pack_row
+from models.records import IGNORE_INDEX, Example
 from models.transfer import index_on, to_device
 
 

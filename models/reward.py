@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from models.batches import Split, micro_batches
 from models.chats import Chat, read_chat, without_nulls
 from models.checkpoint import WeightFiles
 from models.config import read_hf_config
@@ -33,7 +34,6 @@ from models.records import (
     Example,
     Flat,
     Record,
-    Split,
     encode_answer,
     encode_prompt,
     encode_sample,
@@ -42,7 +42,6 @@ from models.records import (
     get_prompt,
     has_prompt,
     is_sample,
-    micro_batches,
     naming,
     require,
     stated_prompt,

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from models.batches import collate
 from models.common import Runtime, at_least_one, flag
 from models.fsdp import ParallelArgs
 from models.model import Transformer
-from models.records import IGNORE_INDEX, Example, collate
+from models.records import IGNORE_INDEX, Example
 from models.reward import Pair, pair_rows
 from scripts import peer_trl
 from scripts.benchmark_common import AnswerArgs, PeerArgs, SpeedArgs, run_speed_job

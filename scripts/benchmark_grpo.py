@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from models.batches import Split
 from models.common import Runtime, Stopwatch, at_least_one, flag, short_bar
 from models.fsdp import init_mesh, reducing_gradients
 from models.model import Transformer
-from models.records import IGNORE_INDEX, Example, Split
+from models.records import IGNORE_INDEX, Example
 from scripts.benchmark_common import SpeedArgs, run_speed_job
 from scripts.benchmark_training import RecomputeArgs, sharded_model
 from scripts.workload import counted

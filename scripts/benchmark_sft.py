@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from models.batches import Split, pack_row
 from models.common import Bounds, Runtime, at_least_one, flag
 from models.forward import forward_rows
 from models.fsdp import init_mesh
-from models.records import Example, Split, pack_row
+from models.records import Example
 from scripts import peer_transformers, peer_trl
 from scripts.benchmark_common import PeerArgs, SpeedArgs, run_speed_job
 from scripts.benchmark_training import AdapterArgs, TrainedArgs, figures_of_steps, sharded_model

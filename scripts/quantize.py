@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from models.adapters import AdapterArgs, weight_files
+from models.batches import collate
 from models.calibration import Cost, Rows, quantize_blocks
 from models.checkpoint import Folder, ModelArgs, WeightFiles, folder_config, has_score_head, open_folder, stored_dtype
 from models.checksums import check_weights
@@ -32,7 +33,7 @@ from models.export import STAGING, save_folder
 from models.pad_token import choose_pad_token, pad_changes
 from models.qlinear import GROUP_SIZES
 from models.quantize import check_runnable, choose_scheme, rounded_tensors, with_int8
-from models.records import Example, check_ids, collate, tokenising
+from models.records import Example, check_ids, tokenising
 from models.reward import scalar_head_config
 from models.tokenizer import Tokenizer, chat_day
 from models.tp import ROW_PARALLEL

@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from models import lora, model, records, tp
+from models import batches, lora, model, tp
 from training import finetune_sft
 
 
@@ -64,9 +64,9 @@ def _input_gradient_not_summed():
 
 
 def _rows_repeated():
-    real = records.micro_batches
+    real = batches.micro_batches
     return mock.patch.object(
-        records, "micro_batches", lambda rows, size, length, rank, dp_size: real(rows, size, length, 0, dp_size)
+        batches, "micro_batches", lambda rows, size, length, rank, dp_size: real(rows, size, length, 0, dp_size)
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.batches import pack_row
 from models.caches import cache_folder
 from models.chats import read_chat
 from models.checkpoint import Folder
@@ -31,7 +32,6 @@ from models.records import (
     get_prompt,
     is_sample,
     naming,
-    pack_row,
     require,
 )
 from models.rows import IN_MEMORY, Rows, Store, encode_file

@@ -17,6 +17,8 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE
 
 import torch
 
+from models.adapters import choose_lora
+from models.batches import Split
 from models.checkpoint import open_folder
 from models.common import card, flag, run_script, say
 from models.dropout import new_dropout
@@ -32,7 +34,7 @@ from models.fsdp import (
     split_batch,
 )
 from models.model import Transformer
-from models.records import Example, Split
+from models.records import Example
 from models.rows import Rows
 from models.trained_adapters import choose_lora
 from training.data import DataArgs, PackedRows, check_evaluation, encode_sft_file, load_rows, training_batches

@@ -36,7 +36,7 @@ def token_cross_entropy(
     hidden [B, T, E] final hidden states; weight [V, E] of the language-model head, or this tp rank's rows of it (then
     pass vocab_size, the V of all ranks); labels int64 [B, T], not shifted: the hidden state at t predicts labels[t +
     1]. Only positions that predict a label are projected; without any, loss and gradients are 0. learnt: the indices of
-    these positions in hidden.flatten(0, 1), int64 [N] (models.records.collate); computing them here needs a host sync.
+    these positions in hidden.flatten(0, 1), int64 [N] (models.batches.collate); computing them here needs a host sync.
     """
     hidden, targets = _learnt(hidden, labels, learnt)
     return linear_cross_entropy(hidden, weight, targets, vocab_size=vocab_size, tp=tp)

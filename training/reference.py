@@ -22,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from models.batches import Split
 from models.checkpoint import WeightFiles
 from models.checksums import digest
 from models.common import Stopped, on_main, say, short_bar
 from models.files import write_whole
 from models.fingerprint import adapter_files
-from models.records import Split
 from models.rows import Rows
 from models.transfer import index_on
 from training.stop import any_rank

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.batches import Split
 from models.chats import Chat
 from models.checkpoint import model_folder
 from models.common import Bounds, flag, non_negative, on_main, positive, say
@@ -29,7 +30,7 @@ from models.fsdp import reshard
 from models.functions import FunctionPlace, Grade, Grader, call_batch, load_grader, undisturbed
 from models.model import Transformer
 from models.parts import encode_continuation
-from models.records import Example, Split, encode_generated
+from models.records import Example, encode_generated
 from models.reward import (
     Scored,
     aggregate,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.batches import Split
 from models.checkpoint import Folder
 from models.common import Runtime
 from models.decode import can_pack, copy_for_inference
@@ -18,7 +19,7 @@ from models.fsdp import reshard
 from models.generation import Completion, Engine, Request
 from models.memory import free_memory, plan_cache
 from models.model import Transformer
-from models.records import IGNORE_INDEX, Example, Split
+from models.records import IGNORE_INDEX, Example
 from models.reward import pass_at_k
 from models.sampling import SamplingParams
 from models.tp import local

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from models.adapters import choose_lora
+from models.batches import Split
 from models.checkpoint import open_folder
 from models.common import Runtime, card, flag, refuse_idle, run_script, say
 from models.dropout import new_dropout
@@ -45,7 +47,6 @@ from models.fsdp import (
 from models.lora import Lora
 from models.model import Transformer
 from models.qlinear import Schemes
-from models.records import Split
 from models.reward import Pair, pair_rows, sides_are_equal
 from models.rows import Rows
 from models.shared_base import as_reference

@@ -25,6 +25,8 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE
 import torch
 from torch import Tensor, nn
 
+from models.adapters import choose_lora
+from models.batches import Split
 from models.checkpoint import open_folder
 from models.common import (
     Bounds,
@@ -49,7 +51,7 @@ from models.fsdp import (
 )
 from models.generation import Engine
 from models.model import Transformer
-from models.records import Example, Split
+from models.records import Example
 from models.resting import resting
 from models.shared_base import as_reference
 from models.trained_adapters import choose_lora

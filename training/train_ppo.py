@@ -26,6 +26,8 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE
 import torch
 from torch import Tensor, nn
 
+from models.adapters import choose_lora
+from models.batches import Split
 from models.checkpoint import open_folder
 from models.common import (
     Bounds,

@@ -23,7 +23,8 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE
 import torch
 from torch import Tensor
 
-from models.adapters import SCORE
+from models.adapters import SCORE, choose_lora
+from models.batches import Split
 from models.checkpoint import Folder, has_score_head, open_folder
 from models.common import card, flag, non_negative, refuse_idle, run_script, say, with_newlines
 from models.dropout import new_dropout

@@ -10,6 +10,7 @@ import torch
 import torch._inductor.config
 from torch._inductor.compile_fx import compile_fx
 
+from models.batches import Split
 from models.common import Runtime
 from models.compressed import linear_layers
 from models.decode import load_for_inference, to_inference
@@ -21,7 +22,7 @@ from models.model import Transformer
 from models.paged_cache import PagedCache
 from models.qlinear import Scheme
 from models.quantize import quantize_in_place
-from models.records import Example, Split
+from models.records import Example
 from models.sampling import SamplingParams
 from models.tp import local
 from tests import tiny

@@ -13,13 +13,14 @@ from torch._subclasses.fake_tensor import (
 
 from models import attention, decode_rows, paged_cache, qlinear
 from models.attention import document_attention
+from models.batches import Split, collate
 from models.decode import copy_for_inference, refresh, to_inference
 from models.generation import Engine, Request
 from models.gpu import peaks
 from models.paged_cache import Chunk
 from models.qlinear import QuantizedLinear, Scheme
 from models.quantize import quantize_block
-from models.records import IGNORE_INDEX, Example, Split, collate
+from models.records import IGNORE_INDEX, Example
 from models.sampling import SamplingParams
 from models.scheduler import Prefill
 from models.vocab_parallel import _CrossEntropySum, _TokenLogprobs, fused_head

@@ -8,11 +8,12 @@ import torch
 
 from models import forward
 from models.attention import document_attention
+from models.batches import Split
 from models.config import ModelConfig
 from models.forward import forward_rows
 from models.model import Transformer
 from models.packing import best_fit, groups_of_ranks
-from models.records import IGNORE_INDEX, Example, Split
+from models.records import IGNORE_INDEX, Example
 from training.rollouts import answer_logps, answer_values
 
 CONFIG = ModelConfig(61, 48, 80, 2, 6, 2, 8, 64, 1e-5)

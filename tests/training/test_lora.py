@@ -10,10 +10,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from models import decode, generation
-from models.adapters import weight_files
+from models.adapters import base_scheme, weight_files
+from models.batches import collate
 from models.checkpoint import folder_config
 from models.qlinear import dequantize, quantize
-from models.records import collate, tokenising
+from models.records import tokenising
 from models.reward import read_reward_kind, scalar_head_config
 from models.tokenizer import Tokenizer
 from models.tp import local

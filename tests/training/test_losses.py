@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from models import vocab_parallel
-from models.records import Example, collate
+from models.batches import collate
+from models.records import Example
 from models.reward import Pair, pair_rows
 from tests.training.fixtures import make_loss_fixtures as made
 from training.losses import (

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from models.batches import micro_batches
 from models.chats import read_chat
-from models.records import EncodingCounts, Limits, Record, encode_prompt, micro_batches
+from models.records import EncodingCounts, Limits, Record, encode_prompt
 from models.reward import Pair, encode_pair_record, pair_rows, rows_to_score
 from tests import tiny
 from tests.models import test_chat_corners

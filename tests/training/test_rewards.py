@@ -12,9 +12,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from models.batches import Split
 from models.fsdp import init_mesh
 from models.functions import call_batch, load_grader
-from models.records import Split
 from models.tokenizer import Tokenizer
 from models.workers import GradingArgs, Pool, grade_of
 from tests import tiny

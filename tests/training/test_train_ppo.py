@@ -12,12 +12,13 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers.models import WordLevel
 
+from models.batches import Split
 from models.chats import read_chat
 from models.checkpoint import open_folder
 from models.common import Runtime
 from models.fsdp import ParallelArgs, init_mesh, load_frozen
 from models.record_files import Record
-from models.records import IGNORE_INDEX, Example, Split, encode_generated, encode_prompt
+from models.records import IGNORE_INDEX, Example, encode_generated, encode_prompt
 from models.reward import encode_to_score
 from models.tokenizer import Tokenizer
 from tests import tiny

@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from models.batches import Split
 from models.model import Transformer
-from models.records import IGNORE_INDEX, Example, Split
+from models.records import IGNORE_INDEX, Example
 from models.reward import Pair, Scored
 from models.transfer import index_on, to_device
 from tests.models.fake_gpu import CONFIG, CPU, GPU, gpu, on_gpu  # noqa: F401 (a fixture)

@@ -23,13 +23,14 @@ from inference.settings import settings_not_taken
 from models.adapters import AdapterArgs, weight_files
 from models.chats import read_chat
 from models.checkpoint import Folder, ModelArgs, open_folder
-from models.common import at_least_one, choose_runtime, device_name, flag, is_main_rank, on_main, run_script, say
+from models.common import at_least_one, choose_runtime, device_name, flag, is_main_rank, on_main, say
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
 from models.generation import Engine, PrefillArgs, Request
 from models.quantize import QuantizeArgs, choose_scheme
 from models.records import check_ids, encode_prompt
 from models.sampling import SamplingArgs
+from models.script import run_script
 from models.streaming import StreamDecoder
 from models.tokenizer import chat_day
 from models.tp import TensorParallelArgs

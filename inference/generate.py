@@ -44,7 +44,6 @@ from models.common import (
     on_main,
     peak_memory,
     progress_bar,
-    run_script,
 )
 from models.decode import load_for_inference, rounding_of, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
@@ -55,6 +54,7 @@ from models.memory import plan_cache
 from models.quantize import QuantizeArgs, check_runnable, choose_scheme
 from models.record_files import Record
 from models.sampling import SamplingArgs
+from models.script import run_script
 from models.shared import check_shared
 from models.sharing import shared_work, wait_for_all_ranks
 from models.tokenizer import chat_day

@@ -57,7 +57,6 @@ from models.common import (
     peak_memory,
     progress_bar,
     refuse_idle,
-    run_script,
     say,
 )
 from models.config import ModelConfig
@@ -80,6 +79,7 @@ from models.reward import (
     step_scores,
 )
 from models.reward import aggregate as aggregate_steps
+from models.script import run_script
 from models.tp import TensorParallelArgs
 from models.workers import GradingArgs
 

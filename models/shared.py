@@ -24,8 +24,9 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from models.common import exit_now, is_main_rank, on_main, say
+from models.common import is_main_rank, on_main, say
 from models.files import naming_file
+from models.script import exit_now
 from models.sharing import several_ranks
 
 BEAT = 5.0  # seconds between two touches

@@ -26,7 +26,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 
-from models.common import flag, run_script
+from models.common import flag
+from models.script import run_script
 from scripts import (
     benchmark_data,
     benchmark_dpo,

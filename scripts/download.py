@@ -27,8 +27,9 @@ from huggingface_hub.errors import (
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
-from models.common import flag, run_script
+from models.common import flag
 from models.files import COPIED_FILES, TOOL_USE
+from models.script import run_script
 
 # Files that a folder needs beside its weights, by lower-case name; only from the top level of the repository.
 SMALL_FILES = ("config.json", *COPIED_FILES, "licen[cs]e*", "use_policy*", "notice*", "readme*")

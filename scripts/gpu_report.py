@@ -29,8 +29,9 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE
 
 import torch
 
-from models.common import RuntimeArgs, choose_runtime, device_name, flag, positive, run_script, say
+from models.common import RuntimeArgs, choose_runtime, device_name, flag, positive, say
 from models.files import write_json
+from models.script import run_script
 from scripts.report import kernels, right, speed, trained
 from scripts.report.markdown import markdown
 from scripts.report.record import ROOT, Item, Section, append_row, last_lines, run_items

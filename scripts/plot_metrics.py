@@ -11,8 +11,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
-from models.common import at_least_one, flag, run_script
+from models.common import at_least_one, flag
 from models.files import naming_file
+from models.script import run_script
 from training.metrics import logged
 
 # Metrics drawn by default: those that show how well a run went, without its clock and counters.

@@ -26,7 +26,7 @@ from models.batches import collate
 from models.calibration import Cost, Rows, quantize_blocks
 from models.checkpoint import Folder, ModelArgs, WeightFiles, folder_config, has_score_head, open_folder, stored_dtype
 from models.checksums import check_weights
-from models.common import at_least_one, card, choose_runtime, flag, refuse_idle, run_script, say
+from models.common import at_least_one, card, choose_runtime, flag, refuse_idle, say
 from models.compressed import is_linear_weight, quantization_config
 from models.config import ModelConfig, is_quantized, read_hf_config
 from models.export import STAGING, save_folder
@@ -35,6 +35,7 @@ from models.qlinear import GROUP_SIZES
 from models.quantize import check_runnable, choose_scheme, rounded_tensors, with_int8
 from models.records import Example, check_ids, tokenising
 from models.reward import scalar_head_config
+from models.script import run_script
 from models.tokenizer import Tokenizer, chat_day
 from models.tp import ROW_PARALLEL
 from training.data import encode_sft_record

@@ -40,6 +40,7 @@ from models.gpu import PEAKS
 from models.paged_cache import Chunk
 from models.pages import PAGE, pages_for
 from models.sampling import SamplingParams
+from models.script import run_script
 from scripts.benchmark_common import PresetArgs
 from scripts.benchmark_generate import num_product_weights, random_inference_model
 from scripts.workload import MathArgs, counted, math_requests, token_bytes

@@ -41,6 +41,7 @@ from models.export import save_folder
 from models.files import naming_file
 from models.model import Transformer
 from models.records import get_field, read_records
+from models.script import run_script
 from models.shared import check_writable
 
 # {difficulty: share of the problems}; the difficulty is the number of terms

@@ -22,11 +22,12 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 from models.batches import collate
 from models.checkpoint import load_model
-from models.common import flag, run_script
+from models.common import flag
 from models.files import naming_file
 from models.functions import load_function
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example, Record, get_field, read_records
+from models.script import run_script
 from models.tokenizer import Tokenizer
 from training.losses import sequence_logps, token_logps
 

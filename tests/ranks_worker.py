@@ -35,12 +35,13 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
 from models import fsdp, shared
-from models.common import Runtime, Stopped, end_process, parse_args
+from models.common import Runtime, parse_args
 from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, load_for_training
 from models.generation import Engine
 from models.noise import column_hashes, noise_key
 from models.repetition import SeenTokens
 from models.sampling import SamplingParams, sample
+from models.script import Stopped, end_process
 from models.tp import chunk_range
 from tests.faults import planted
 from training import run_dir

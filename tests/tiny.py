@@ -20,7 +20,8 @@ import sentencepiece
 import torch
 import transformers
 
-from models.common import close_bars, run_main
+from models.common import close_bars
+from models.script import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 384

@@ -36,6 +36,7 @@ from models.fsdp import (
 from models.model import Transformer
 from models.records import Example
 from models.rows import Rows
+from models.script import run_script
 from models.trained_adapters import choose_lora
 from training.data import DataArgs, PackedRows, check_evaluation, encode_sft_file, load_rows, training_batches
 from training.losses import token_cross_entropy

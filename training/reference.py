@@ -25,10 +25,11 @@ from torch import Tensor
 from models.batches import Split
 from models.checkpoint import WeightFiles
 from models.checksums import digest
-from models.common import Stopped, on_main, say, short_bar
+from models.common import on_main, say, short_bar
 from models.files import write_whole
 from models.fingerprint import adapter_files
 from models.rows import Rows
+from models.script import Stopped
 from models.transfer import index_on
 from training.stop import any_rank
 

@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.common import Stopped, exit_now, is_main_rank, say
+from models.common import is_main_rank, say
 from models.functions import ASK_TO_END
+from models.script import Stopped, exit_now
 
 # Under torchrun two signals within this time count as one: Slurm signals the ranks and torchrun, which passes it on. A
 # second signal from torchrun to its ranks is always SIGTERM, whatever it received.

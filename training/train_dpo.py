@@ -49,6 +49,7 @@ from models.model import Transformer
 from models.qlinear import Schemes
 from models.reward import Pair, pair_rows, sides_are_equal
 from models.rows import Rows
+from models.script import run_script
 from models.shared_base import as_reference
 from models.trained_adapters import choose_lora
 from models.transfer import to_device

@@ -53,6 +53,7 @@ from models.generation import Engine
 from models.model import Transformer
 from models.records import Example
 from models.resting import resting
+from models.script import run_script
 from models.shared_base import as_reference
 from models.trained_adapters import choose_lora
 from models.transfer import index_on

@@ -39,7 +39,6 @@ from models.common import (
     non_negative,
     positive,
     refuse_idle,
-    run_script,
     say,
 )
 from models.export import scalar_head_files
@@ -48,6 +47,7 @@ from models.generation import Engine
 from models.model import Transformer
 from models.records import Example, Split
 from models.resting import resting
+from models.script import run_script
 from models.shared_base import as_reference
 from models.trained_adapters import choose_lora
 from training.critic import CriticArgs, choose_critic, critic_note, load_with_critic

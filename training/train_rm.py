@@ -45,6 +45,7 @@ from models.record_files import Record
 from models.records import EncodingCounts, Limits, Split
 from models.reward import Pair, Scored, read_reward_kind, rows_to_score, sides_are_equal
 from models.rows import Rows, Store
+from models.script import run_script
 from models.tokenizer import Tokenizer
 from models.trained_adapters import choose_lora
 from models.transfer import index_on, to_device

@@ -16,9 +16,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent.parent), *(path for path in sys.path if path != str(HERE))]
 
 from inference.lines import write_lines
-from models.common import at_least_one, flag, run_script, with_newlines
+from models.common import at_least_one, flag, with_newlines
 from models.files import naming_file
 from models.records import Record, get_field, naming, read_records, require
+from models.script import run_script
 
 IN_A_BOX = r"Reason step by step, and put your final answer within \boxed{}."
 

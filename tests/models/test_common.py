@@ -1,4 +1,4 @@
-"""models/common.py: flags, errors, the device; and the arithmetic of FLOPs, against hand-computed values."""
+"""models/common.py and models/script.py: flags, errors, the device; and the FLOPs, against hand-computed values."""
 
 import io
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import common
+from models import common, script
 from models.common import (
     RuntimeArgs,
     at_least_one,
@@ -25,6 +25,8 @@ from models.common import (
     run_main,
 )
 from models.config import ModelConfig
+from models.model import ModelConfig
+from models.script import run_main
 from tests import tiny
 
 
@@ -231,7 +233,7 @@ def test_run_main(monkeypatch, capsys):
     assert outcome(ValueError(), monkeypatch, capsys)[1].endswith("error: ValueError\n")
     code, message = outcome(KeyboardInterrupt(), monkeypatch, capsys)
     assert code == 130 and message.split("\r")[-1] == "script.py: interrupted\n"
-    assert outcome(common.Stopped(), monkeypatch, capsys)[0] == 0
+    assert outcome(script.Stopped(), monkeypatch, capsys)[0] == 0
     fileno = os.dup(1)
     monkeypatch.setattr(sys.stdout, "fileno", lambda: fileno)
     assert outcome(BrokenPipeError(), monkeypatch, capsys)[0] == 0  # `| head`, of a script without other outputs
@@ -265,24 +267,24 @@ def test_ranks_end_without_nccl_s_end(monkeypatch, capsys):
     """Catches a rank that never exits because NCCL's own shutdown waits for the others, and for CUDA graphs. A finished
     rank waits for the others without NCCL, a failed one does not wait, and a bug still shows its traceback."""
     order = []
-    for where, name in ((common, "leave_together"), (torch.cuda, "synchronize")):
+    for where, name in ((script, "leave_together"), (torch.cuda, "synchronize")):
         monkeypatch.setattr(where, name, lambda name=name: order.append(name))
-    monkeypatch.setattr(common.dist, "destroy_process_group", lambda: order.append("destroyed"))
-    monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(common.dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
-    assert outcome(common.Stopped(), monkeypatch, capsys)[0] == 0
+    monkeypatch.setattr(script.dist, "destroy_process_group", lambda: order.append("destroyed"))
+    monkeypatch.setattr(script.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(script.dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    assert outcome(script.Stopped(), monkeypatch, capsys)[0] == 0
     assert order == ["synchronize", "leave_together"]
     assert outcome(ValueError("one rank's"), monkeypatch, capsys)[0] == 2 and len(order) == 2
-    monkeypatch.setattr(common, "end_process", lambda code: order.append(code))
-    monkeypatch.setattr(common, "accept_any_text", lambda: None)
+    monkeypatch.setattr(script, "end_process", lambda code: order.append(code))
+    monkeypatch.setattr(script, "accept_any_text", lambda: None)
 
     def broken(args):
         raise RuntimeError("a bug")
 
-    common.run_script(broken, OtherArgs)
+    script.run_script(broken, OtherArgs)
     assert order[2:] == [1] and "RuntimeError: a bug" in capsys.readouterr().err
-    monkeypatch.setattr(common.dist, "get_backend_config", lambda: "cpu:gloo")
-    assert outcome(common.Stopped(), monkeypatch, capsys)[0] == 0 and order[3:] == ["destroyed"]
+    monkeypatch.setattr(script.dist, "get_backend_config", lambda: "cpu:gloo")
+    assert outcome(script.Stopped(), monkeypatch, capsys)[0] == 0 and order[3:] == ["destroyed"]
 
 
 def test_a_process_leaves_nothing_behind():
@@ -291,7 +293,8 @@ def test_a_process_leaves_nothing_behind():
     would go on waiting for."""
     lines = (
         "import multiprocessing, time",
-        "from models.common import RuntimeArgs, progress_bar, run_script",
+        "from models.common import RuntimeArgs, progress_bar",
+        "from models.script import run_script",
         "multiprocessing.set_start_method('forkserver')",
         "multiprocessing.Process(target=time.sleep, args=(100,)).start()",
         "run_script(lambda args: progress_bar(total=1, desc='shown').update(), RuntimeArgs)",
@@ -326,7 +329,7 @@ def test_any_text_is_printed_and_read(encoding, monkeypatch):
     shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     for name, stream in (("stdin", typed), ("stdout", shown), ("stderr", None)):
         monkeypatch.setattr(sys, name, stream)
-    common.accept_any_text()
+    script.accept_any_text()
     assert sys.stdin.readline().startswith("caf")
     common.progress_bar(total=1).close()
     common.say("é 字 \ud83d")

@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from models.common import _reason, on_main
+from models.common import on_main
 from models.fsdp import start_ranks
+from models.script import _reason
 from models.sharing import (
     MOST_OF_A_CHUNK,
     Place,

@@ -369,9 +369,9 @@ def test_through_torchrun(world, tmp_path):
     wrapper.write_text(
         "import os, runpy, sys\n"
         f"sys.path.insert(0, {str(tiny.ROOT)!r})\n"
-        "from models import common\n"
-        "end = common.end_process\n"
-        f"common.end_process = lambda code: (open({str(tmp_path)!r} + '/code' + os.environ['RANK'], 'w')"
+        "from models import script\n"
+        "end = script.end_process\n"
+        f"script.end_process = lambda code: (open({str(tmp_path)!r} + '/code' + os.environ['RANK'], 'w')"
         ".write(str(code)), end(code))\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"

@@ -259,8 +259,8 @@ class _Dispatcher(threading.Thread):
             free = [worker for worker in self.workers if self.queue and worker.takes(self.queue[0])]
             if free:
                 worker, task = min(free, key=lambda each: len(each.running)), self.queue.popleft()
-                seconds = self.timeout if task.alone and not task.is_async else self.timeout + GRACE_SECONDS
-                task.deadline = time.monotonic() + seconds
+                grace = GRACE_SECONDS if task.is_async else 0.0
+                task.deadline = time.monotonic() + self.timeout + grace
                 worker.running[self.count] = task
                 worker.send({"id": self.count, "grader": task.grader, "arguments": task.arguments})
                 self.count += 1

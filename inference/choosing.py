@@ -6,6 +6,7 @@ Lines have a `reward`, from inference/score.py; they are those of generate.py or
 import json
 import math
 from collections.abc import Callable
+from operator import itemgetter
 
 from models.boxes import closed_boxes
 from models.chats import content_of, read_chat
@@ -21,12 +22,10 @@ def group_of(line: dict) -> str:
 
 def choose_best(lines: list[dict]) -> list[dict]:
     """Returns the line with the highest reward of each prompt (the first of equal ones), in the order of prompts."""
-    best: dict[str, dict] = {}
+    groups: dict[str, list[dict]] = {}
     for line in lines:
-        group = group_of(line)
-        if group not in best or line["reward"] > best[group]["reward"]:
-            best[group] = line
-    return list(best.values())
+        groups.setdefault(group_of(line), []).append(line)
+    return [max(group, key=itemgetter("reward")) for group in groups.values()]
 
 
 def choose_by_vote(lines: list[dict], answers: list[str | None], weight: Callable[[float], float]) -> list[dict]:
@@ -47,7 +46,7 @@ def choose_by_vote(lines: list[dict], answers: list[str | None], weight: Callabl
                 weights.setdefault(answer, []).append(weight(line["reward"]))
         votes = {answer: math.fsum(cast) for answer, cast in weights.items()}  # exact, so independent of the order
         winner = max(votes, key=votes.get, default=None)
-        [best] = choose_best([line for line, answer in group if answer == winner])
+        best = max((line for line, answer in group if answer == winner), key=itemgetter("reward"))
         chosen.append({**best, "voted_answer": winner, "votes": votes})
     return chosen
 

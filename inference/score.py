@@ -155,9 +155,8 @@ class ScoreArgs(ModelArgs, AdapterArgs, QuantizeArgs, TensorParallelArgs, Gradin
 
 @torch.inference_mode()
 def main(args: ScoreArgs) -> None:
-    check_source(args)
-    dp_size = data_parallel_size(args.tensor_parallel_size)  # raises if it does not divide the ranks
     check_flags(args)
+    dp_size = data_parallel_size(args.tensor_parallel_size)  # raises if it does not divide the ranks
     if args.grader is not None:
         if is_main_rank():
             grade_file(args)
@@ -247,8 +246,9 @@ def main(args: ScoreArgs) -> None:
         say(card("chosen", {"prompts": prompts, **summary(chosen)}))
 
 
-def check_source(args: ScoreArgs) -> None:
-    """Raises ValueError unless a model or a function gives the scores, and only its own flags are set."""
+def check_flags(args: ScoreArgs) -> None:
+    """Raises ValueError unless a model or a function gives the scores, only its own flags are set, and no two flags
+    contradict each other."""
     if args.checkpoint_path is None and args.grader is None:
         raise ValueError("give a --checkpoint_path, a reward model, or a --grader, a function")
     if args.grader is None and args.pass_at is not None:
@@ -259,10 +259,6 @@ def check_source(args: ScoreArgs) -> None:
         scores = ("normalize", "aggregate", "best_of_n", "weighted_vote", "answer_fn", "adapter_path", "quantize")
         limits = ("group_size", "batch_size", "max_seq_len", "overlong")
         refuse_idle(args, "beside a --grader, which gives grades and runs no model", *scores, *limits)
-
-
-def check_flags(args: ScoreArgs) -> None:
-    """Raises ValueError for flags that contradict each other."""
     if args.accept_changed and not args.resume:
         raise ValueError("--accept_changed is for a run that goes on with --resume")
     if args.best_of_n and args.weighted_vote:

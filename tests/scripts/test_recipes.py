@@ -151,7 +151,6 @@ def test_scores_of_what_was_trained(recipe, tmp_path):
             kinds[flags["--output_dir"]] = RewardKind(separator, None, None)
         if words[start] == "inference/score.py":
             args = parse_args(score.ScoreArgs, words[start + 1 :])
-            score.check_source(args)
             score.check_flags(args)
             if args.checkpoint_path is not None:
                 score.check_kind(args, kinds[str(args.checkpoint_path)])

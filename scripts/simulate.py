@@ -31,7 +31,6 @@ from models.common import (
     fraction,
     non_negative,
     progress_bar,
-    run_script,
     say,
 )
 from models.config import ModelConfig

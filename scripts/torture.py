@@ -33,8 +33,7 @@ import torch
 from safetensors.torch import load_file
 
 from inference.lines import write_lines
-from models.common import at_least_one, flag, run_script
-from models.config import ModelConfig
+from models.common import at_least_one, flag
 from models.export import save_folder
 from models.model import ModelConfig, Transformer
 from models.script import run_script

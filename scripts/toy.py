@@ -35,7 +35,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
-from models.common import at_least_one, flag, non_negative, refuse_idle, run_script
+from models.common import at_least_one, flag, non_negative, refuse_idle
 from models.config import ModelConfig
 from models.export import save_folder
 from models.files import naming_file

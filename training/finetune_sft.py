@@ -17,10 +17,9 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE
 
 import torch
 
-from models.adapters import choose_lora
 from models.batches import Split
 from models.checkpoint import open_folder
-from models.common import card, flag, run_script, say
+from models.common import card, flag, say
 from models.dropout import new_dropout
 from models.forward import forward_rows
 from models.fsdp import (

@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.adapters import choose_lora
 from models.batches import Split
 from models.checkpoint import open_folder
-from models.common import Runtime, card, flag, refuse_idle, run_script, say
+from models.common import Runtime, card, flag, refuse_idle, say
 from models.dropout import new_dropout
 from models.forward import forward_rows
 from models.fsdp import (

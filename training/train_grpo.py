@@ -25,7 +25,6 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE
 import torch
 from torch import Tensor, nn
 
-from models.adapters import choose_lora
 from models.batches import Split
 from models.checkpoint import open_folder
 from models.common import (
@@ -36,7 +35,6 @@ from models.common import (
     flag,
     non_negative,
     refuse_idle,
-    run_script,
     say,
 )
 from models.fsdp import (

@@ -26,7 +26,6 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE
 import torch
 from torch import Tensor, nn
 
-from models.adapters import choose_lora
 from models.batches import Split
 from models.checkpoint import open_folder
 from models.common import (
@@ -45,7 +44,7 @@ from models.export import scalar_head_files
 from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, loss_scale, reducing_gradients, split_batch
 from models.generation import Engine
 from models.model import Transformer
-from models.records import Example, Split
+from models.records import Example
 from models.resting import resting
 from models.script import run_script
 from models.shared_base import as_reference

@@ -23,10 +23,10 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE
 import torch
 from torch import Tensor
 
-from models.adapters import SCORE, choose_lora
+from models.adapters import SCORE
 from models.batches import Split
 from models.checkpoint import Folder, has_score_head, open_folder
-from models.common import card, flag, non_negative, refuse_idle, run_script, say, with_newlines
+from models.common import card, flag, non_negative, refuse_idle, say, with_newlines
 from models.dropout import new_dropout
 from models.export import scalar_head_files
 from models.forward import forward_rows
@@ -42,7 +42,7 @@ from models.fsdp import (
 )
 from models.model import Transformer
 from models.record_files import Record
-from models.records import EncodingCounts, Limits, Split
+from models.records import EncodingCounts, Limits
 from models.reward import Pair, Scored, read_reward_kind, rows_to_score, sides_are_equal
 from models.rows import Rows, Store
 from models.script import run_script

@@ -22,10 +22,8 @@ from models.common import (
     fraction,
     non_negative,
     parse_args,
-    run_main,
 )
 from models.config import ModelConfig
-from models.model import ModelConfig
 from models.script import run_main
 from tests import tiny
 

@@ -1,11 +1,12 @@
-"""The order in which training takes rows, and rows in batches: training/data.py, models/packing.py and records.py."""
+"""The order in which training takes rows, and rows in batches: training/data.py, models/packing.py and batches.py."""
 
 from collections import Counter
 
 import pytest
 import torch
 
-from models.records import Example, collate, micro_batches
+from models.batches import collate, micro_batches
+from models.records import Example
 from models.rows import Rows, flatten
 from training.data import PackedRows, epoch_order, training_batches
 

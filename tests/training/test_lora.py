@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from models import decode, generation
-from models.adapters import base_scheme, weight_files
+from models.adapters import weight_files
 from models.batches import collate
 from models.checkpoint import folder_config
 from models.qlinear import dequantize, quantize

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from models.common import Stopped
+from models.script import Stopped
 from training.stop import ASK_TO_END, Stop, drop_what_nobody_reads
 
 

@@ -6,7 +6,8 @@ gradients of every step to OUT.gradients.pt beside its --output_dir; checkpoints
 ["elsewhere", FOLDER, *job] runs the job with a working folder for each rank inside FOLDER, like the disks of nodes;
 ["stopped", RANK, STEP, *job] sends SIGTERM to one rank during that step;
 ["broken off", RANK, LOOK, *job] sends SIGTERM to one rank at that look of its engine;
-["traced", *job] traces with torch.compile but runs the graphs eagerly, since generating their code takes a minute;
+["traced", *job] traces with torch.compile but runs the graphs eagerly, since generating their code takes a minute; rows
+have one length, since each trace of a block takes seconds (test_compiled.py has many lengths);
 ["rewind", RUN, COPY, STEP] copies a finished run to its state after the save of that step;
 ["sampling"] compares sampling from a sharded vocabulary with sampling from the whole;
 ["recomputing", FOLDER] counts the collectives of a step.
@@ -34,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
-from models import fsdp, shared
+from models import forward, fsdp, shared
 from models.common import Runtime, parse_args
 from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, load_for_training
 from models.generation import Engine
@@ -63,7 +64,8 @@ def run_job(name: str, *arguments: str) -> None:
     elif name == "broken off":
         break_off(*arguments)
     elif name == "traced":
-        with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        trace = mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        with trace, mock.patch.object(forward, "length_multiple", lambda *_: 64):
             run_job(*arguments)
     elif name == "rewind":
         rewind(*arguments)

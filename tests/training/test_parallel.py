@@ -33,7 +33,7 @@ FLAGS = {
         *SAMPLES,
     ],
     "packed": ["--pack", "--batch_size", "2"],
-    "compiled": ["--compile", "--activation_checkpointing", "full"],
+    "compiled": ["--compile", "--micro_batch_size", "1", "--activation_checkpointing", "full"],
     "one reduction": ["--max_tokens_per_micro_batch", "40", "--no-sync_every_micro_batch"],
 }
 BOTH = ("plain", "sequence parallel")  # run with both models; the rest with one
@@ -185,13 +185,13 @@ def test_layouts_agree(world, layout):
         assert compare(root, "biased", "hybrid") < 1e-5
 
 
-FAULTS = {  # name: (model, layout, flags)
-    "norm gradient not summed": ("biased", "tp 2", FLAGS["sequence parallel"]),
-    "gradient of the heads' norm not summed": ("tied", "tp 2", FLAGS["plain"]),
-    "bias added by every rank": ("biased", "tp 2", FLAGS["plain"]),
+FAULTS = {  # name: (model, layout, flags); as few micro-batches as show it
+    "norm gradient not summed": ("biased", "tp 2", ["--sequence_parallel"]),
+    "gradient of the heads' norm not summed": ("tied", "tp 2", []),
+    "bias added by every rank": ("biased", "tp 2", []),
     "mean of micro-batches": ("biased", "dp 2", FLAGS["plain"]),
-    "dp factor missing": ("biased", "dp 2", FLAGS["plain"]),
-    "input gradient not summed": ("biased", "tp 2", FLAGS["plain"]),
+    "dp factor missing": ("biased", "dp 2", []),
+    "input gradient not summed": ("biased", "tp 2", []),
     "padding row learnt twice": ("biased", "dp 2", FLAGS["plain"]),
     "replicas not averaged": ("biased", "dp 2", ["--dp_replicate", "2"]),
 }
@@ -231,7 +231,7 @@ def test_kill_a_node_and_resume(world):
     a refusal that concerns one of them, or on which checkpoint is sound if one of them finds damage; and a checkpoint
     that only the ranks that wrote it can read."""
     root, train_file = world
-    flags = ["--max_steps", 15, "--save_steps", 3, "--save_total_limit", 3]
+    flags = ["--max_steps", 9, "--save_steps", 3, "--save_total_limit", 3]
     launch(2, [sft_job(root / "tied", train_file, root / "whole", *flags)])
     out = root / "killed"
     nodes = start_nodes(
@@ -258,20 +258,20 @@ def test_kill_a_node_and_resume(world):
 
     printed = launch(2, [["stopped", 1, 2, *resumed]])  # a signal to one rank stops all
     step = len(tiny.read_lines(out / "metrics.jsonl"))
-    assert f"stopped by a signal after step {step};" in printed and 3 < step < 15
+    assert f"stopped by a signal after step {step};" in printed and 3 < step < 9
     assert not (out / "config.json").exists() and (out / f"checkpoints/step-{step:06d}").exists()
 
     launch(2, [resumed])
     wanted, weights = (load_file(d / "model.safetensors") for d in (root / "whole", out))
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
 
-    flip(out / "checkpoints/step-000015/__1_0.distcp")
+    flip(out / "checkpoints/step-000009/__1_0.distcp")
     printed = launch(2, [resumed])
-    assert "step-000015: broken, trying the one before (__1_0.distcp is damaged" in printed
-    assert printed.count("resuming after step 12") == 1
+    assert "step-000009: broken, trying the one before (__1_0.distcp is damaged" in printed
+    assert printed.count("resuming after step 6") == 1
     weights = load_file(out / "model.safetensors")
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
-    assert [line["step"] for line in tiny.read_lines(out / "metrics.jsonl")] == list(range(1, 16))
+    assert [line["step"] for line in tiny.read_lines(out / "metrics.jsonl")] == list(range(1, 10))
 
     # the same run goes on in one process
     args = arguments(root / "tied", train_file, root / "elsewhere", *flags, "--resume")

@@ -82,7 +82,7 @@ calls = []
 
 def nan_later(prompts, completions, examples):
     calls.append(1)
-    return [math.inf if len(calls) == 3 else 0.0 for _ in completions]
+    return [math.inf if len(calls) == 2 else 0.0 for _ in completions]
 """
 
 
@@ -108,7 +108,7 @@ def world(tmp_path_factory):
 def flags(folder, world, out, **more):
     given = {"checkpoint_path": folder, "prompt_file": world / "prompts.jsonl", "output_dir": out, "save_steps": 0}
     given |= {"reward_fn": f"{world / 'fn.py'}:reward", "device": "cpu", "max_new_tokens": 6, "total_steps": 4}
-    given |= {"rollout_batch_size": 6, "minibatch_size": 3, "micro_batch_size": 2, "ppo_epochs": 2}
+    given |= {"rollout_batch_size": 6, "minibatch_size": 3, "micro_batch_size": 3, "ppo_epochs": 1}
     given |= {"learning_rate": 1e-3, "value_learning_rate": 1e-3, **more}
     kept = {name: value for name, value in given.items() if value is not None}
     each = [(name, v) for name, value in kept.items() for v in (value if isinstance(value, list) else [value])]
@@ -128,7 +128,7 @@ def test_metrics_and_samples(folder, world, tmp_path):
     """Catches engine and trainer that differ in the log-probs of the same tokens, first-minibatch identities that do
     not hold, packed answers that attend to each other, an evaluation that changes the training by a bit, metrics of
     other answers, and the export of a step without one of the models."""
-    constant = {"lr_schedule": "constant", "warmup_ratio": 0}
+    constant = {"lr_schedule": "constant", "warmup_ratio": 0, "ppo_epochs": 2, "micro_batch_size": 2}
     lines = ppo(folder, world, tmp_path / "plain", debug_checks=True, export_steps=3, **constant)
     more = {"eval_prompt_file": world / "held_out.jsonl", "eval_steps": 2, "log_steps": 3}
     more |= {"reward_fn": [f"{world / 'fn.py'}:{name}" for name in ("reward", "hangs")], "reward_fn_weight": [1, 0]}
@@ -154,8 +154,8 @@ def test_metrics_and_samples(folder, world, tmp_path):
     for sample, bonus in zip(samples, [0, 1, 2] * 3):
         assert sample["score"] == pytest.approx(len(sample["output"]) / 10 + bonus)
     assert_same_weights(tmp_path / "plain", tmp_path / "watched")
-    size = {"micro_batch_size": None, "max_tokens_per_micro_batch": 40}
-    [packed] = ppo(folder, world, tmp_path / "packed", **constant, **size, total_steps=1)
+    size = {**constant, "micro_batch_size": None, "max_tokens_per_micro_batch": 40}
+    [packed] = ppo(folder, world, tmp_path / "packed", **size, total_steps=1)
     for name in packed.keys() - {name for name in packed if name.startswith(TIMED)}:
         assert packed[name] == pytest.approx(lines[0][name], rel=1e-4, abs=1e-6), name
     for out in (tmp_path / "plain", tmp_path / "plain/step-000003"):  # both models, in the folder of a step too

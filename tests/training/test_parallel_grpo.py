@@ -29,7 +29,7 @@ def arguments(root, name, *more) -> list[str]:
     flags = ["--checkpoint_path", root / "lm", "--prompt_file", root / "prompts.jsonl", "--output_dir", root / name]
     flags += ["--reward_fn", f"{root / 'fn.py'}:reward", "--reward_fn", f"{root / 'fn.py'}:each"]
     flags += ["--reward_workers", 1, "--eval_prompt_file", root / "prompts.jsonl"]
-    flags += ["--num_generations_eval", 2, "--eval_steps", 1, "--max_new_tokens", 8, "--num_generations", 4]
+    flags += ["--num_generations_eval", 2, "--eval_steps", STEPS, "--max_new_tokens", 8, "--num_generations", 4]
     flags += ["--total_steps", STEPS, "--rollout_batch_size", 16, "--minibatch_size", 8, "--num_iterations", ITERATIONS]
     flags += ["--learning_rate", 1e-3, "--lr_schedule", "constant", "--warmup_ratio", 0, "--adam_eps", 1e-3]
     flags += ["--beta", 0.1, "--temperature", 1.3, "--max_resamples", 1, "--mask_truncated_completions"]

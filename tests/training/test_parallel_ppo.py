@@ -30,7 +30,7 @@ def arguments(root, name, *more) -> list[str]:
     flags += ["--reward_checkpoint_path", root / "rm", "--reward_fn", f"{root / 'fn.py'}:reward"]
     flags += ["--reward_fn", f"{root / 'fn.py'}:each", "--reward_workers", 1]
     flags += ["--reward_fn_weight", 1, "--reward_fn_weight", -0.1]
-    flags += ["--eval_prompt_file", root / "prompts.jsonl", "--eval_steps", 1, "--max_new_tokens", 8]
+    flags += ["--eval_prompt_file", root / "prompts.jsonl", "--eval_steps", STEPS, "--max_new_tokens", 8]
     flags += ["--total_steps", STEPS, "--rollout_batch_size", 8, "--minibatch_size", 4, "--ppo_epochs", EPOCHS]
     flags += ["--learning_rate", 1e-3, "--value_learning_rate", 1e-3, "--lr_schedule", "constant", "--warmup_ratio", 0]
     flags += ["--adam_eps", 1e-3, "--kl_target", 0.1, "--debug_checks", "--entropy_coef", 0.01, "--temperature", 1.3]
@@ -68,7 +68,8 @@ def compare(root, out) -> float:
     assert len(lines) == len(wanted) == STEPS + 1
     for line, want in zip(lines, wanted):
         if want["step"] > 0:
-            assert line["rewards/each/errors"] == want["rewards/each/errors"] > 0 and want.keys() >= set(keys)
+            assert line["rewards/each/errors"] == want["rewards/each/errors"] > 0
+        assert want["step"] < STEPS or want.keys() >= set(keys)
         for key in want.keys() & set(keys):
             worst = max(worst, abs(line[key] - want[key]) / max(abs(want[key]), 1e-2))
     samples, wanted = (tiny.read_lines(root / d / "samples.jsonl") for d in (out, "one"))
@@ -103,14 +104,14 @@ def test_four_ranks(world):
 
 
 def test_two_ranks(world):
-    """Catches the same mistakes where one dimension of the mesh is 1, and state of the critic, an optimizer or the KL
-    coefficient that a checkpoint of two ranks lacks: resumed from its first step, the run ends bitwise equal."""
-    jobs = [arguments(world, f"tp-{size}", "--tensor_parallel_size", size, "--save_steps", 1) for size in (1, 2)]
+    """Catches the same mistakes without data parallelism (dp 4 has no tensor parallelism), and state of the critic, an
+    optimizer or the KL coefficient that a checkpoint of two ranks lacks: resumed from its first step, the run ends
+    bitwise equal."""
+    jobs = [arguments(world, "tp-2", "--tensor_parallel_size", 2, "--save_steps", 1)]
     jobs.append(["rewind", str(world / "tp-2"), str(world / "resumed"), "1"])
     jobs.append(arguments(world, "resumed", "--tensor_parallel_size", 2, "--save_steps", 1, "--resume"))
     launch(2, jobs)
-    found = {job: compare(world, job) for job in ("tp-1", "tp-2")}
-    assert max(found.values()) < 1e-4, found
+    assert compare(world, "tp-2") < 1e-4
     for part in ("model.safetensors", "critic/model.safetensors"):
         weights, wanted = (load_file(world / out / part) for out in ("resumed", "tp-2"))
         assert all(torch.equal(weights[name], wanted[name]) for name in wanted), part

@@ -64,14 +64,16 @@ def world(tmp_path_factory):
 
 def flags(world, script, out, **more):
     given = {"checkpoint_path": world / "lm", "output_dir": out, "device": "cpu", "save_steps": 0, "eval_steps": 2}
-    given |= {"learning_rate": 1e-3, "micro_batch_size": 1}
+    given["learning_rate"] = 1e-3
     if "po.py" in script and "dpo" not in script:
         given |= {"prompt_file": world / "prompts.jsonl", "eval_prompt_file": world / "prompts.jsonl"}
-        given |= {"total_steps": 4, "rollout_batch_size": 4, "max_new_tokens": 5, "reward_timeout": 500}
+        given |= {"total_steps": 4, "rollout_batch_size": 4, "micro_batch_size": 2}
+        given |= {"max_new_tokens": 5, "reward_timeout": 500}
         given |= {"reward_fn": [f"{world / 'fn.py'}:whole", f"{world / 'fn.py'}:each"], "reward_workers": 1}
     else:
         data = world / ("text.jsonl" if "sft" in script else "pairs.jsonl")
         given |= {"train_file": data, "eval_file": data, "max_steps": 4, "batch_size": 4, "num_eval_samples": 2}
+        given |= {"micro_batch_size": 1}  # a step of two is never left half-way
         given |= {} if "rm" in script else {"eval_max_new_tokens": 3}
     given |= {"num_iterations": 2, "beta": 0.1, "num_generations": 2} if "grpo" in script else {}
     given |= {"ppo_epochs": 1} if "ppo" in script else {}
@@ -257,9 +259,6 @@ disturb()
 def whole(prompts, completions, examples):
     disturb()
     return [float(len(c)) for c in completions]
-
-def each(prompt, completion, example):
-    return float(completion.count("e"))
 """
 
 
@@ -270,7 +269,7 @@ def test_functions_that_disturb(world, tmp_path, monkeypatch):
     (tmp_path / "rude.py").write_text(RUDE)
     monkeypatch.chdir(tmp_path)
     run(world, "train_grpo.py", tmp_path / "calm", total_steps=2)
-    functions = ["rude.py:whole", "rude.py:each"]
+    functions = ["rude.py:whole", f"{world / 'fn.py'}:each"]  # a worker that imports torch takes seconds
     before = torch.get_num_threads()
     run(world, "train_grpo.py", "rude", total_steps=2, reward_fn=functions, reward_timeout=500)
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32

@@ -105,8 +105,8 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
 
 def not_read(fields: dict) -> list[str]:
     """Returns the fields of NOT_READ that are not empty."""
-    found = {name: parsed(without_nulls(fields.get(name))) for name in NOT_READ}
-    for name in ("functions", "documents"):
+    found = {name: parsed(without_nulls(fields[name])) for name in NOT_READ if name in fields}
+    for name in {"functions", "documents"} & found.keys():
         if not (isinstance(found[name], list) and all(isinstance(each, dict) for each in found[name])):
             del found[name]  # another kind of field that has this name
     return [name for name, value in found.items() if _has_content(value)]

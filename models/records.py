@@ -222,7 +222,10 @@ class Example:
     @property
     def num_targets(self) -> int:
         """Number of tokens that are predicted and learnt; the first token of a row is never predicted."""
-        return int(np.count_nonzero(np.asarray(self.labels[1:]) != IGNORE_INDEX))
+        labels = self.labels[1:]
+        if isinstance(labels, list):  # much quicker than to make an array of it
+            return len(labels) - labels.count(IGNORE_INDEX)
+        return int(np.count_nonzero(np.asarray(labels) != IGNORE_INDEX))
 
     @property
     def prompt_length(self) -> int:
@@ -258,9 +261,9 @@ Encoded = tuple[Example, EncodingCounts]  # a row and its counts
 
 def end_of_text(tokenizer: Tokenizer) -> list[int]:
     """The ids that training appends to a text: EOS; raises ValueError if the folder names none."""
-    eos, folder = tokenizer.eos_token_id, tokenizer.config_path.parent
-    require(eos is not None, f"{folder}: the tokenizer has no EOS token to train")
-    return [eos]
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{tokenizer.config_path.parent}: the tokenizer has no EOS token to train")
+    return [tokenizer.eos_token_id]
 
 
 def encode_parts(parts: list[tuple[str, bool]], tokenizer: Tokenizer, *, is_chat: bool) -> Encoded:
@@ -296,7 +299,7 @@ def encode_answer(prompt: str | Chat, answer: object, tokenizer: Tokenizer, name
     end, ends = learnt[-1] + 1, tokenizer.ends_of_turn
     for stop in [i + 1 for i in reversed(learnt) if example.input_ids[i] in ends]:
         behind = [token for token in example.input_ids[stop:end] if token not in ends]
-        if tokenizer.decode(behind, skip_special_tokens=False).strip():
+        if behind and tokenizer.decode(behind, skip_special_tokens=False).strip():
             break
         end = stop
     return Example(example.input_ids[:end], example.labels[:end]), counts

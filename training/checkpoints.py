@@ -81,7 +81,9 @@ class CheckpointWriter:
     def _write(self, state: dict, path: Path) -> None:
         staging = path.with_name(f".{path.name}.partial")
         try:
-            dcp.save(state, checkpoint_id=staging, process_group=self._group, no_dist=not dist.is_initialized())
+            # copying ahead would wait for the stream on which a GPU trains, even for copies in the CPU's memory
+            writer = dcp.FileSystemWriter(staging, per_thread_copy_ahead=0)
+            dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=not dist.is_initialized())
             write_manifest(staging, int(path.name[5:]), self._group)
         except (CheckpointException, OSError) as error:  # the first is a BaseException, raised when all ranks are done
             if is_main_rank():

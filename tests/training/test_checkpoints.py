@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint import filesystem
 
 from tests.forked import Forked
 from training.checkpoints import CheckpointWriter, load_newest_checkpoint
@@ -87,9 +89,11 @@ def test_checkpoint_is_whole_or_absent(asynchronous, tmp_path, monkeypatch):
     assert names(tmp_path) == ["step-000002"]
 
 
-def test_asynchronous_checkpoints(tmp_path):
+def test_asynchronous_checkpoints(tmp_path, monkeypatch):
     """Catches training that changes tensors which are still being written, a save that overtakes the one before, and
-    one that waits needlessly."""
+    one that waits needlessly, also for the GPU that trains meanwhile."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", mock.Mock(side_effect=AssertionError("waits for the GPU")))
     model, optimizer = trained(0)
     checkpoints = CheckpointWriter(tmp_path, model, optimizer, limit=9, asynchronous=True)
     started, go_on = threading.Event(), threading.Event()

@@ -49,6 +49,18 @@ def test_triton_that_does_not_work(capsys, monkeypatch):
     has_triton.cache_clear()
 
 
+def test_triton_that_cannot_be_imported(tmp_path, capsys, monkeypatch):
+    """Catches a traceback where Triton is installed and its import fails."""
+    (tmp_path / "triton.py").write_text("raise ImportError('libtriton.so: GLIBCXX_3.4.30\\nnot found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("triton", "models.triton_probe"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    has_triton.cache_clear()
+    assert not has_triton(torch.device("cuda", 0))
+    assert capsys.readouterr().err.endswith("not used: ImportError: libtriton.so: GLIBCXX_3.4.30 not found\n")
+    has_triton.cache_clear()
+
+
 def test_no_compiler_for_cpus(monkeypatch):
     """Catches a traceback of torch.compile, in a run or in the first update of weights that --cpu_offload keeps."""
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -15,7 +15,7 @@ from models.checkpoint import Folder
 from models.common import Runtime
 from models.decode import can_pack, copy_for_inference
 from models.forward import forward_rows
-from models.fsdp import reshard
+from models.fsdp import ParallelArgs, reshard
 from models.generation import Completion, Engine, Request
 from models.memory import free_memory, plan_cache
 from models.model import Transformer
@@ -45,7 +45,7 @@ def make_engine(
 ) -> Engine:
     """Returns an engine on an inference copy of the policy (`engine.model`, to be refreshed after updates). A dp rank
     generates its share of an update's answers, --rollout_slots at a time. Raises ValueError if not even one answer fits
-    in memory. A collective."""
+    in memory. A collective. args: of a trainer, with ParallelArgs."""
     stop_ids, stop = args.stops(folder.tokenizer, folder.eos_token_ids)
     model, share = copy_for_inference(policy, pack=can_pack(runtime)), -(-args.rollout_batch_size // dp_size)
     num_slots, num_pages = min(args.rollout_slots or 128, share), None
@@ -59,7 +59,7 @@ def make_engine(
             known_tokens=max_seq_len,
             most_tokens=max_seq_len,
             prefill_tokens=args.prefill_tokens,
-            reserved=0 if args.sleep else memory_of_training([policy, critic], free_memory(runtime.device)),
+            reserved=0 if args.sleep else memory_of_training([policy, critic], free_memory(runtime.device), args),
             advice=advice if args.sleep else f"give --sleep 1, or {advice}",
         )
     return Engine(
@@ -74,14 +74,18 @@ def make_engine(
     )
 
 
-def memory_of_training(models: list[nn.Module | None], free: int) -> int:
+def memory_of_training(models: list[nn.Module | None], free: int, args: ParallelArgs) -> int:
     """Estimates how many of the `free` bytes, left beside weights and optimizer state, an update needs: the gradients
     of the largest of the models, which learn one after the other, and half of the remainder for activations, whose size
     is not known in advance. (With --sleep nothing is reserved: the engine releases its cache during all of that.)"""
     gradients = 0
     for model in filter(None, models):
-        parts = [local(p) for p in model.parameters() if p.requires_grad]
-        gradients = max(gradients, sum(part.nbytes for part in parts if part.device.type == "cuda"))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if args.sync_every_micro_batch:
+            of_model = sum(local(p).nbytes for p in trained if p.device.type == "cuda")
+        else:  # they accumulate whole, in fp32, also those of weights that --cpu_offload keeps
+            of_model = 4 * sum(p.numel() for p in trained) // args.tensor_parallel_size
+        gradients = max(gradients, of_model)
     return gradients + max(0, free - gradients) // 2
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from models import memory
 from models.checkpoint import load_model, open_folder
 from models.common import Runtime
+from models.fsdp import ParallelArgs
 from models.memory import page_bytes
 from models.pages import pages_for
 from tests import tiny
@@ -70,18 +72,23 @@ def test_slots_on_a_cpu(folder):
         assert engine.num_slots == wanted and engine.pool.num_pages == wanted * pages_for(64)
 
 
-def test_memory_of_training():
+def test_memory_of_training(monkeypatch):
     """Catches gradients that are not counted, those of a critic that is larger than the policy, say, or counted twice;
-    and gradients of frozen weights, or in the CPU's memory, that are counted."""
+    gradients of frozen weights, or in the CPU's memory, that are counted; and shards where gradients accumulate
+    whole."""
+    shards, whole = ParallelArgs(), ParallelArgs(sync_every_micro_batch=False, tensor_parallel_size=2)
     with FakeTensorMode():
         model, critic = torch.nn.Module(), torch.nn.Module()
         for name, device, learns in (("a", "cuda", True), ("b", "cuda", False), ("c", "cpu", True)):
             tensor = torch.empty(100, dtype=torch.bfloat16, device=device)
             model.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=learns))
         critic.register_parameter("a", torch.nn.Parameter(torch.empty(60, device="cuda")))
-        assert rollouts.memory_of_training([model, None], 1000) == 200 + 400
-        assert rollouts.memory_of_training([model, None], 100) == 200
-        assert rollouts.memory_of_training([model, critic], 1000) == 240 + 380
+        assert rollouts.memory_of_training([model, None], 1000, shards) == 200 + 400
+        assert rollouts.memory_of_training([model, None], 100, shards) == 200
+        assert rollouts.memory_of_training([model, critic], 1000, shards) == 240 + 380
+        monkeypatch.setattr(rollouts, "local", lambda p: SimpleNamespace(nbytes=p.nbytes // 4))  # dp 4
+        assert rollouts.memory_of_training([model, critic], 1000, shards) == 60 + 470
+        assert rollouts.memory_of_training([model, critic], 1000, whole) == 4 * 200 // 2 + 300
 
 
 WHILE_ASLEEP = ("score", "all_logps", "all_values", "policy_backward", "value_backward", "backward")

@@ -1,7 +1,9 @@
 """The GPU's code path on a machine without one: the real code over fake tensors, which have a device but no values. A
 tensor on another device, a shape that the CUDA kernels refuse, and a host that waits for the GPU all raise here."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
 )
 
-from models import attention, decode_rows, paged_cache, qlinear
+from models import attention, decode_rows, graphs, paged_cache, qlinear
 from models.attention import document_attention
 from models.batches import Split, collate
 from models.decode import copy_for_inference, refresh, to_inference
@@ -162,6 +164,29 @@ def test_head_dims_that_have_no_kernel():
             patch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
             assert attention.has_varlen(GPU, dtype, head_dim) == expected
     assert not attention.has_varlen(CPU, torch.bfloat16, 128)
+
+
+def test_one_stream_captures_all(monkeypatch):
+    """Catches a new stream for each capture: torch keeps a workspace of its library for products on each, for ever."""
+    captured, replayed = mock.Mock(return_value=nullcontext()), mock.Mock()
+    for name, stand_in in {
+        "graph": captured,
+        "CUDAGraph": replayed,
+        "stream": mock.Mock(side_effect=nullcontext),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    for name in ("Stream", "current_stream", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, mock.Mock())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    graphs.side_stream.cache_clear()
+    runner = graphs.StepRunner(lambda size: size, 4, [])
+    for size in (1, 2):
+        runner(size)
+        runner.forget()
+    assert torch.cuda.Stream.call_count == 1 and captured.call_count == 2
+    assert {call.kwargs["stream"] for call in captured.call_args_list} == {torch.cuda.Stream()}
+    assert [call.args for call in torch.cuda.stream.call_args_list] == 2 * [(torch.cuda.Stream(),)]
+    graphs.side_stream.cache_clear()
 
 
 def test_peaks(monkeypatch):

@@ -284,9 +284,9 @@ def end_card(engine: Engine, model: nn.Module, runtime: Runtime, dp: DeviceMesh,
     rows = {}
     decoded = engine.num_decoded / max(engine.decode_seconds, 1e-9)
     prefilled = engine.num_prompt_tokens / max(engine.prefill_seconds, 1e-9)
-    if dp.size() > 1:  # so that one rank alone never starts NCCL
+    if dp.size() > 1:  # on the CPU: NCCL would start here, and needs memory that the cache has taken
         totals = [decoded, prefilled, *(source.counts.values() if source.is_large else ())]
-        totals = torch.tensor(totals, dtype=torch.float64, device=runtime.device)
+        totals = torch.tensor(totals, dtype=torch.float64)
         dist.all_reduce(totals, group=dp.get_group())
         decoded, prefilled, *counts = totals.tolist()
         source.counts.update(zip(source.counts, map(int, counts)))

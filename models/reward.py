@@ -380,7 +380,8 @@ def step_scores(
             if bar is not None:
                 num_tokens = sum(counts[i] * lengths[i] for i in group)
                 bar.update(min(bar.total - bar.n, split.dp.size() * num_tokens))
-    values = split.sum(scores).tolist()  # one rank computed each score; the others have 0 there
+    # one rank computed each score; the others have 0 there. On the CPU: score.py would start NCCL for these numbers
+    values = split.sum(scores.cpu()).tolist()
     return [values[first[i] : first[i + 1]] for i in which]
 
 

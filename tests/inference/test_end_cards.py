@@ -5,14 +5,18 @@ import json
 import re
 import shutil
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification
 
 from inference import score
+from inference.generate import end_card
 from models import generation
+from models.common import Runtime
 from models.tokenizer import Tokenizer
 from models.transfer import Download
 from tests import tiny
@@ -50,6 +54,17 @@ def test_a_card_without_decoded_tokens(folder, tmp_path, monkeypatch):
     result = generate(other, *flags)
     assert lines_of(result)[0]["finish_reason"] == "stop"
     assert re.search(r"decoding +0\.0 tok/s, ", result.stderr)
+
+
+def test_ranks_add_their_counts_on_the_cpu(monkeypatch):
+    """Catches NCCL started for the closing card: a GPU's tensors, here of a device without values, are not exchanged."""
+    engine = mock.Mock(num_decoded=6, decode_seconds=2.0, num_prompt_tokens=8, prefill_seconds=2.0, num_steps=0)
+    engine.compile_seconds, source = 0.0, mock.Mock(is_large=True, counts={"skipped": 3}, remarks=lambda: "")
+    monkeypatch.setattr(dist, "all_reduce", lambda totals, group: totals.mul_(2))
+    runtime = Runtime(torch.device("meta"), torch.float32, False)
+    card = end_card(engine, None, runtime, mock.Mock(**{"size.return_value": 2}), source)
+    assert re.search(r"decoding +6.0 tok/s\n", card) and re.search(r"prefill +8.0 tok/s\n", card)
+    assert source.counts == {"skipped": 6}
 
 
 def test_speed_of_score(rm, tmp_path, monkeypatch):

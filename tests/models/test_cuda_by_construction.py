@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -23,6 +24,7 @@ from models.paged_cache import Chunk
 from models.qlinear import QuantizedLinear, Scheme
 from models.quantize import quantize_block
 from models.records import IGNORE_INDEX, Example
+from models.reward import Scored, step_scores
 from models.sampling import SamplingParams
 from models.scheduler import Prefill
 from models.vocab_parallel import _CrossEntropySum, _TokenLogprobs, fused_head
@@ -274,6 +276,16 @@ def test_a_kernel_that_cannot_run(gpu, monkeypatch):
     monkeypatch.setattr(attention, "varlen_works", lambda *about: False)
     assert document_attention([[5, 3], [8]], 10, GPU, torch.bfloat16, 32).__name__ == "masked"
     assert attention.length_multiple(GPU, torch.bfloat16, 32) == 128
+
+
+def test_scores_of_two_ranks(gpu, monkeypatch):
+    """Catches scores that are exchanged between GPUs: score.py would start NCCL for these numbers alone."""
+    exchanged, dp = [], mock.Mock(**{"size.return_value": 2, "get_local_rank.return_value": 0})
+    monkeypatch.setattr(dist, "all_reduce", lambda values, group: exchanged.append(values.device))
+    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [0.0] * len(tensor))
+    rows = [Scored([3, 4, 5, 6][:length], [length - 1], [1.0]) for length in (2, 3, 4)]
+    assert step_scores(on_gpu(torch.float32, head="score"), rows, Split(2, dp, 0)) == 3 * [[0.0]]
+    assert exchanged == [CPU]
 
 
 def test_preferences_and_ppo(gpu):

@@ -229,6 +229,11 @@ def check_flags(args: GrpoArgs) -> None:
     if args.loss_type == "rloo":
         names = ("scale_rewards", "importance_sampling_level", "use_bias_correction_kl")
         refuse_idle(args, "for --loss_type rloo", *names)
+    if args.missing_eos_penalty is not None and args.mask_truncated_completions:
+        raise ValueError(
+            f"--missing_eos_penalty {args.missing_eos_penalty}: --mask_truncated_completions does not train on the "
+            "answers that it punishes, so it would only raise the others' advantages; leave one of them out"
+        )
     if args.process_reward == "steps":
         raise ValueError("--process_reward steps rewards single tokens, and GRPO compares whole answers; take another")
     if args.loss_type == "cispo":

@@ -446,6 +446,10 @@ BAD_FLAGS = {
     "generations without prompts": ({"num_generations_eval": 4}, ["--num_generations_eval 4", "--eval_prompt_file"]),
     "rewards of steps": ({"process_reward": "steps"}, ["--process_reward steps"]),
     "overlong": ({"soft_punish_cache": 7}, ["--soft_punish_cache 7 is more than --max_new_tokens 6"]),
+    "punished and masked": (
+        {"missing_eos_penalty": 1, "mask_truncated_completions": True},
+        ["--missing_eos_penalty 1.0: --mask_truncated_completions does not train on the answers that it punishes"],
+    ),
     "eval steps": ({"eval_steps": 2}, ["--eval_steps needs an --eval_prompt_file"]),
     "no room": ({"max_new_tokens": 256}, ["--max_new_tokens 256", "256 tokens"]),
     "prompts too long": ({"max_new_tokens": 254}, ["prompts.jsonl:", "the limit is 2", "--overlong skip"]),

@@ -258,7 +258,8 @@ def check_flags(args: ScoreArgs) -> None:
     else:
         scores = ("normalize", "aggregate", "best_of_n", "weighted_vote", "answer_fn", "adapter_path", "quantize")
         limits = ("group_size", "batch_size", "max_seq_len", "overlong")
-        refuse_idle(args, "beside a --grader, which gives grades and runs no model", *scores, *limits)
+        of_model = ("device", "dtype", "compile", "tensor_parallel_size")
+        refuse_idle(args, "beside a --grader, which gives grades and runs no model", *scores, *limits, *of_model)
     if args.accept_changed and not args.resume:
         raise ValueError("--accept_changed is for a run that goes on with --resume")
     if args.best_of_n and args.weighted_vote:

@@ -78,7 +78,8 @@ class DataArgs:
 
 
 def check_evaluation(args: DataArgs) -> None:
-    """Raises ValueError if evaluation flags are given without an --eval_file, or --eval_temperature is too low."""
+    """Raises ValueError if evaluation flags are given without an --eval_file, flags of sample answers where there are
+    none, or an --eval_temperature that is too low."""
     check_temperature(getattr(args, "eval_temperature", 0.0), "--eval_temperature")  # train_rm.py has none
     if args.eval_file is None:
         if args.eval_steps is not None:
@@ -86,6 +87,8 @@ def check_evaluation(args: DataArgs) -> None:
         samples = ["num_eval_samples"] * bool(vars(args).get("num_eval_samples"))
         names = ["eval_max_new_tokens", "eval_temperature", *samples]
         refuse_idle(args, "without an --eval_file", *names)
+    elif not vars(args).get("num_eval_samples", 1):
+        refuse_idle(args, "with --num_eval_samples 0", "eval_max_new_tokens", "eval_temperature")
 
 
 def load_rows(

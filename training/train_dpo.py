@@ -173,7 +173,8 @@ def check_flags(args: DpoArgs) -> None:
         if args.loss != wanted:
             refuse_idle(args, f"for --loss {args.loss}; it is for {wanted}", name)
     if args.loss in REFERENCE_FREE:
-        refuse_idle(args, f"for --loss {args.loss}, which has no reference", "ref_checkpoint_path", "quantize_ref")
+        names = ("ref_checkpoint_path", "quantize_ref", "precompute_ref")
+        refuse_idle(args, f"for --loss {args.loss}, which has no reference", *names)
 
 
 # -------------------------------------------------------------------------------- the reference

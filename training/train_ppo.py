@@ -262,6 +262,8 @@ def check_flags(args: PpoArgs) -> None:
         )
     if args.kl_target is None:
         refuse_idle(args, "without a --kl_target, to which --kl_coef adapts", "kl_horizon")
+    if not args.kl_coef:
+        refuse_idle(args, "with --kl_coef 0", "kl_in")
     if args.whiten_rewards and args.kl_in == "loss":
         raise ValueError("--whiten_rewards would not scale the KL of --kl_in loss; take --kl_in reward")
 

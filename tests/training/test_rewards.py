@@ -66,7 +66,7 @@ def test_skipped_answers_of_ppo(name, more, folder, world, fails, tmp_path, monk
     that counts as a reward of 0 in a metric; and functions of the two forms treated differently."""
     seen, real = [], train_ppo.targets_of
     monkeypatch.setattr(train_ppo, "targets_of", lambda *args: seen.append(real(*args)) or seen[-1])
-    more = {"kl_coef": 0, "lam": 1, "kl_in": "loss", "debug_checks": True, **more}
+    more = {"lam": 1, "kl_in": "loss", "debug_checks": True, **more}
     more |= {"minibatch_size": 1, "micro_batch_size": 1}
     lines = ppo(folder, world, tmp_path / "out", reward_fn=f"{fails}:{name}", reward_workers=1, total_steps=2, **more)
     for update, line in zip(seen, lines):

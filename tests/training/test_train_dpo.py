@@ -292,7 +292,7 @@ def test_no_reference_where_none_is_wanted(folder, train_file, tmp_path, monkeyp
     loads, load = [], train_dpo.load_for_training
     monkeypatch.setattr(train_dpo, "load_for_training", lambda *a, **k: loads.append(a) or load(*a, **k))
     monkeypatch.setattr(train_dpo, "precompute", None)
-    train(folder, train_file, tmp_path / "simpo", loss="simpo", precompute_ref=False)
+    train(folder, train_file, tmp_path / "simpo", loss="simpo")
     assert len(loads) == 1
     train(folder, train_file, tmp_path / "export", max_steps=0, precompute_ref=False)
     assert len(loads) == 2 and metrics_of(tmp_path / "export") == []

@@ -227,6 +227,10 @@ BAD_FLAGS = {
         {"quantize_ref": "int8", "loss": "simpo"},
         ["--quantize_ref int8 does nothing", "simpo, which has no reference"],
     ),
+    "reference in each step for simpo": (
+        {"loss": "simpo", "precompute_ref": False},
+        ["--no-precompute_ref does nothing for --loss simpo, which has no reference"],
+    ),
     "fp8": ({"quantize_ref": "fp8"}, ["--quantize_ref", "fp8"]),
     "no reference there": ({"ref_checkpoint_path": "nowhere"}, ["nowhere: no such file or folder"]),
     "micro batch": ({"micro_batch_size": 5, "batch_size": 4}, ["--micro_batch_size 5", "--batch_size 4"]),

@@ -57,7 +57,7 @@ def test_a_card_without_decoded_tokens(folder, tmp_path, monkeypatch):
 
 
 def test_ranks_add_their_counts_on_the_cpu(monkeypatch):
-    """Catches NCCL started for the closing card: a GPU's tensors, here of a device without values, are not exchanged."""
+    """Catches NCCL started for the closing card: tensors of a GPU, here a device without values, are not exchanged."""
     engine = mock.Mock(num_decoded=6, decode_seconds=2.0, num_prompt_tokens=8, prefill_seconds=2.0, num_steps=0)
     engine.compile_seconds, source = 0.0, mock.Mock(is_large=True, counts={"skipped": 3}, remarks=lambda: "")
     monkeypatch.setattr(dist, "all_reduce", lambda totals, group: totals.mul_(2))

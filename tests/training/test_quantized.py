@@ -62,7 +62,7 @@ def dpo_flags(world, out, *more):
         "--adam_eps",
         1e-3,
     ]
-    return [*flags, "--max_steps", 3, *more]
+    return [*flags, "--max_steps", 2, *more]
 
 
 def ppo_flags(world, out, *more):
@@ -152,8 +152,8 @@ def test_four_ranks(world, tmp_path):
     jobs, wanted = [], {}
     for script, make, more in (("train_dpo", dpo_flags, dpo), ("train_ppo", ppo_flags, ppo)):
         wanted[script], _ = lines_of(script, make(world, tmp_path / f"{script}-one", *more))
-        layout = ["--tensor_parallel_size", 2, "--micro_batch_size", 1]
-        jobs.append([f"training.{script}", *map(str, make(world, tmp_path / script, *more, *layout))])
+        flags = make(world, tmp_path / script, *more, "--tensor_parallel_size", 2)
+        jobs.append([f"training.{script}", *map(str, flags)])
     launch(4, jobs)
     for script, lines in wanted.items():
         assert_alike(tiny.read_lines(tmp_path / script / "metrics.jsonl"), lines, tolerance=1e-3)

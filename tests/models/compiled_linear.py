@@ -24,8 +24,11 @@ def used_by(target: GPUTarget, dtype: str, bits: int, group_size: int, rows: int
     types |= {"out": "*" + dtype, "parts": "*fp32", "arrivals": "*i32"}
     types |= dict.fromkeys(("M", "N", "K", "num_columns", "steps", "share", "magic"), "i32")
     types |= dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 5, 6, 8, 9, 10)}
-    source = ASTSource(kernels.multiply_few_rows, types, constants, aligned)
+    # what a launch tells the compiler: addresses and numbers are divisible by 16 and, on AMD, tensors below 2 GB
+    known = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 5, 6, 8, 9, 10)}
+    for i in range(7) if on_amd else ():
+        known[i,].append(["tt.pointer_range", 32])
+    source = ASTSource(kernels.multiply_few_rows, types, constants, known)
     compiled = triton.compile(source, target=target, options=options)
     used = resources_of(compiled, target.backend)
     return used | {"arrives": all_arrive(compiled.asm["amdgcn"])} if on_amd else used
@@ -33,9 +36,10 @@ def used_by(target: GPUTarget, dtype: str, bits: int, group_size: int, rows: int
 
 def all_arrive(code: str) -> bool:
     """Whether all wavefronts wait for their own stores before the first atomic: behind the barrier one mask, that of a
-    wavefront's first thread; if one thread of all arrived, there would be another around it."""
+    wavefront's first thread; if one thread of all arrived, there would be another around it. The wait, of the whole
+    wavefront, may stand before the mask or behind it."""
     arriving = code[: code.index("_atomic_add")].rpartition("s_barrier")[2]
-    return arriving.count("saveexec") == 1 and "s_waitcnt vmcnt(0)" in arriving.partition("saveexec")[2]
+    return arriving.count("saveexec") == 1 and "s_waitcnt vmcnt(0)" in arriving
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Dimensions: B rows, n of them in a step, V vocabulary, V' this rank's part of it
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -101,7 +102,11 @@ class DecodeRows:
         self.sample, self.advance = self.network.compiled(self.draw), self.network.compiled(advance)
         # the tensors that a step changes, and that are copied when a row moves
         self.all_state = [*self.state, *([self.seen.table] if is_penalised else [])]
-        self.runner = StepRunner(self.step, num_rows, self.all_state) if compile and device.type == "cuda" else None
+        self.runner = None
+        if compile and device.type == "cuda":
+            # a weak reference: a dropped engine in a cycle would keep its memory until Python collects garbage
+            step = WeakMethod(self.step)
+            self.runner = StepRunner(lambda size: step()(size), num_rows, self.all_state)
 
     def begin(self) -> None:
         """Called before requests are served: rereads the model's weights, which may have changed."""

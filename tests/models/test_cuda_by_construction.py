@@ -1,6 +1,8 @@
 """The GPU's code path on a machine without one: the real code over fake tensors, which have a device but no values. A
 tensor on another device, a shape that the CUDA kernels refuse, and a host that waits for the GPU all raise here."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest import mock
@@ -99,6 +101,18 @@ def test_quantised_generation(gpu, scheme, kernel, monkeypatch):
     layer = QuantizedLinear([weight], [torch.empty(24, device=GPU)], scheme, torch.bfloat16)
     for rows in (1, 17):
         assert layer(torch.empty(rows, 128, dtype=torch.bfloat16, device=GPU)).shape == (rows, 24)
+
+
+def test_a_dropped_engine_is_freed(gpu, monkeypatch):
+    """Catches an engine whose cache and graphs hold their memory until Python collects garbage, beside the next one."""
+    engine = make_engine(PARAMS["both"])
+    assert len(generate(engine, monkeypatch)) == 5 and engine.rows.runner.graphs
+    dropped = weakref.ref(engine.rows)
+    gc.disable()
+    del engine
+    is_freed = dropped() is None
+    gc.enable()
+    assert is_freed
 
 
 def test_launches_of_a_prefill_do_not_grow_with_prompts(gpu):

@@ -3,22 +3,26 @@
 import math
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import vocab_parallel
 from models.attention import causal_attention, document_attention, varlen_works
 from models.common import Runtime, dtype_name
 from models.decode import load_for_inference
 from models.generation import Engine, Request
 from models.gpu import has_triton
-from models.qlinear import QuantizedLinear, Scheme, dequantize, quantize
+from models.qlinear import Quantized, QuantizedLinear, Scheme, dequantize, quantize, triton_products
 from models.quantize import check_scheme
-from models.sampling import SamplingParams
-from models.vocab_parallel import linear_cross_entropy, linear_logprobs
+from models.resting import resting
+from models.sampling import SamplingParams, top_p_threshold
+from models.vocab_parallel import fused_head, linear_cross_entropy, linear_logprobs
 from scripts.benchmark_common import SIZES
 from scripts.report.record import Item, Section, largest
 from scripts.report.trained import check_training, start_training
@@ -45,6 +49,12 @@ KINDS = {
     },
 }
 SCHEMES = [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 128), Scheme("fp8")]
+KERNELS = [  # scheme (a scale for a whole row, zero points), programs that share a row of the weight, dtype
+    (Scheme("int8"), 1, torch.float32),
+    (Scheme("int4", 128, symmetric=False), 3, torch.float32),
+    (Scheme("int8", 64, symmetric=False), 1, torch.bfloat16),
+    (Scheme("int4"), 2, torch.bfloat16),
+]
 VOCAB_SIZE = 500
 
 
@@ -95,6 +105,20 @@ def attention_distance(
         keys, values = (t[order[row]].flatten(0, 1)[:n].transpose(0, 1).float() for t in (k, v))
         wanted.append(F.scaled_dot_product_attention(q[row, :, None].float(), keys, values, enable_gqa=True)[:, 0])
     return (found - torch.stack(wanted)).abs().max().item()
+
+
+def check_top_p(section: Section) -> None:
+    """Compares the probability of the tokens that top-p keeps with that of the fewest that reach it, sorted in fp64."""
+    rows, width = (3, 300) if section.small else (8, 128256)
+    logits = torch.randn(rows, width, generator=torch.Generator().manual_seed(5))
+    probs, distances = logits.double().softmax(dim=-1), []
+    ordered = probs.sort(dim=-1, descending=True).values
+    above = ordered.cumsum(dim=-1) - ordered
+    for top_p in (0.0, 0.5, 0.95, 0.999):
+        kept = logits >= top_p_threshold(logits.to(section.runtime.device), top_p).cpu()
+        wanted = torch.where(above < max(top_p, 1e-9), ordered, 0).sum(dim=-1)  # 0 keeps the likeliest
+        distances.append((torch.where(kept, probs, 0).sum(dim=-1) - wanted).abs().max().item())
+    section.check(f"top-p of {width:,} tokens", largest(distances), 1e-4, "probability that is kept, top_p 0 to 0.999")
 
 
 # ---------------------------------------------------------------------------------- whole models
@@ -174,7 +198,8 @@ def llama_engine(
 @torch.inference_mode()
 def check_compiled(section: Section) -> None:
     """Compares greedy answers of compiled and captured decode steps, in fp32, where the ids must be equal: with
-    transformers, and for int4 weights with the engine without the compiler."""
+    transformers, for int4 weights with the engine without the compiler, and with those of the engine when it has
+    released its cache and captures its steps again."""
     _, prompts, wanted, new_tokens = section.kept["llama"]
     limits = {"num_slots": 3, "max_seq_len": max(map(len, prompts)) + new_tokens}
     requests = [Request(i, 0, prompt, new_tokens) for i, prompt in enumerate(prompts)]
@@ -182,8 +207,14 @@ def check_compiled(section: Section) -> None:
     for name, scheme in (("llama", None), ("llama in int4", Scheme("int4", 32))):
         engine_of = partial(llama_engine, section, torch.float32, SamplingParams(0.0), scheme, **limits)
         wanted = wanted if scheme is None else drawn_ids(engine_of(compile=False), requests)
-        different = 1 - share_of_equal(drawn_ids(engine_of(), requests), wanted)
-        section.check(f"greedy ids, {name}, compiled", different, 0, how)
+        engine = engine_of()
+        found = drawn_ids(engine, requests)
+        section.check(f"greedy ids, {name}, compiled", 1 - share_of_equal(found, wanted), 0, how)
+        with resting(engine, 1):  # the cache moves to other addresses, and graphs that read the old ones find NaN
+            taken = [torch.full_like(tensor, math.nan) for tensor in engine.rows.cache.tensors()]
+        different = 1 - share_of_equal(drawn_ids(engine, requests), found)
+        del taken
+        section.check(f"greedy ids, {name}, compiled, after --sleep 1", different, 0, "share that differs from before")
 
 
 @torch.inference_mode()
@@ -228,7 +259,7 @@ def check_chunks(section: Section) -> None:
 
 
 def check_products(section: Section) -> None:
-    """Compares products of quantised weights with products of the dequantised weights in fp32, relatively."""
+    """Compares products of quantised weights with products of the dequantised weights in fp64, relatively."""
     runtime, (N, K) = section.runtime, (64, 128) if section.small else (1008, 1024)  # 1008: 7 blocks of 128 and a part
     torch.manual_seed(4)
     weight = torch.randn(N, K, device=runtime.device) * 0.05
@@ -253,6 +284,30 @@ def check_products(section: Section) -> None:
             section.check(f"product of {scheme}, a row alone and among others", apart, 0, "largest difference")
 
 
+def check_kernels(section: Section) -> None:
+    """Compares products of random integers in the kernel's other forms with products of their values."""
+    device, (N, K) = section.runtime.device, (72, 256) if section.small else (1000, 1152)
+    torch.manual_seed(8)
+    for scheme, splits, dtype in KERNELS:
+        small = random_weight(N, K, scheme, device)
+        if has_triton(device):
+            product, how = triton_products(small, scheme, splits), counted(splits, "split")
+        else:
+            product, how = QuantizedLinear([small], None, scheme, dtype), "as layers compute it here"
+        inputs = [torch.randn(rows, K, device=device).to(dtype) for rows in (1, 7, 64)]
+        with torch.inference_mode():
+            distance = largest(product_distance(product(x), x, dequantize(small)) for x in inputs)
+        name = f"product of {scheme}, 1 to 64 rows, {dtype_name(dtype)}, {how}"
+        section.check(name, distance, 1e-5 if dtype == torch.float32 else 0.01, "relative")
+
+
+def random_weight(N: int, K: int, scheme: Scheme, device: torch.device) -> Quantized:
+    low, high, dtype = (0, 16, torch.uint8) if scheme.mode == "int4" else (-127, 128, torch.int8)
+    groups, options = (N, scheme.num_groups(K)), {"dtype": dtype, "device": device}
+    values, scale = torch.randint(low, high, (N, K), **options), torch.rand(groups, device=device).bfloat16()
+    return Quantized(values, scale, None if scheme.symmetric else torch.randint(low, high, groups, **options))
+
+
 def refusal_of(scheme: Scheme, runtime: Runtime) -> str | None:
     """Returns why this device cannot compute with such weights, or None."""
     if runtime.device.type == "cpu" and scheme.mode == "fp8":
@@ -265,8 +320,8 @@ def refusal_of(scheme: Scheme, runtime: Runtime) -> str | None:
 
 
 def product_distance(found: Tensor, x: Tensor, weight: Tensor) -> float:
-    wanted = F.linear(x.float(), weight.float())
-    return ((found.float() - wanted).norm() / wanted.norm()).item()
+    wanted = F.linear(x.double(), weight.double())
+    return ((found.double() - wanted).norm() / wanted.norm()).item()
 
 
 # --------------------------------------------------------------------------------------- training
@@ -288,17 +343,29 @@ def check_gradients(section: Section) -> None:
     def logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
         return torch.stack(linear_logprobs(hidden, weight, targets.to(hidden.device), temperature=0.7, entropy=True))
 
-    for name, function, inputs in (
-        ("attention", partial(causal_attention, 0), heads),
-        ("packed attention", packed, heads),
-        ("the head's loss", loss, rows),
-        ("log-probs and entropies", logprobs, rows),
+    whole, chunked = nullcontext(), few_tokens_at_once(runtime.device)
+    for name, function, inputs, how in (
+        ("attention", partial(causal_attention, 0), heads, whole),
+        ("packed attention", packed, heads, whole),
+        ("the head's loss", loss, rows, whole),
+        ("the head's loss in chunks", loss, rows, chunked),
+        ("log-probs and entropies", logprobs, rows, whole),
+        ("log-probs and entropies in chunks", logprobs, rows, chunked),
     ):
         inputs = [x.to(runtime.dtype) for x in inputs]
-        found = gradients(function, [x.to(runtime.device) for x in inputs])
+        with how:
+            found = gradients(function, [x.to(runtime.device) for x in inputs])
         wanted = gradients(function, [x.float() for x in inputs])
         distance = largest(((a.float().cpu() - b).norm() / b.norm()).item() for a, b in zip(found, wanted))
         section.check(f"gradients of {name}, {dtype_name(runtime.dtype)}", distance, 0.03, "relative")
+
+
+def few_tokens_at_once(device: torch.device) -> AbstractContextManager:
+    """Context in which the head computes 128 tokens at a time, as it does with more when their logits are large."""
+    fused = fused_head(device)
+    if fused is None:
+        return mock.patch.object(vocab_parallel, "CHUNK_TOKENS", 128)
+    return mock.patch.object(fused, "rows_at_once", lambda *sizes: 128)
 
 
 def gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -335,9 +402,11 @@ ITEMS = [
     Item("decode attention", 10, check_attention),
     Item("greedy ids", 10, check_greedy),
     Item("products", 10, check_products),
+    Item("top-p", 1, check_top_p),
     Item("gradients", 5, check_gradients),
     Item("AdamW", 5, check_optimizer),
-    Item("compiled", 25, check_compiled),
+    Item("compiled", 27, check_compiled),
+    Item("kernels of products", 6, check_kernels),
     Item("prefill", 5, check_chunks),
     Item("training", 3, check_training),
     Item("slots", 38, check_slots),

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import time
 import types
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -64,7 +65,7 @@ def test_dry_run(name, tmp_path, monkeypatch):
     )
     assert all(row["value"] > 0 for row in rows if row["kind"] == "figure")
     assert all(row["name"] in text for row in rows) and report["header"]["card"].startswith("cpu")
-    wanted = {"right": 34, "ceilings": 2, "decode": 9, "sft": 1, "rl": 2, "peers": 3, "kernels": 8}
+    wanted = {"right": 43, "ceilings": 2, "decode": 9, "sft": 1, "rl": 2, "peers": 3, "kernels": 8}
     assert len(rows) >= wanted[name]
     if name == "kernels":  # which operations take the time
         named = [row["detail"].count("%)") >= 8 for row in rows if "time by operation" in row["name"]]
@@ -85,23 +86,38 @@ def wrong_in_bf16(function, *args, **options):
     return tuple(x * (1.1 if is_wrong else 1.0) for x in found) if several else found * (1.1 if is_wrong else 1.0)
 
 
+@contextmanager
+def forgetful(engine, level):
+    """Empties an engine's cache, and lets the engine find prompts in it nevertheless."""
+    yield
+    for tensor in engine.rows.cache.tensors():
+        tensor.zero_()
+
+
 def test_faults_are_found(section, tmp_path, monkeypatch):
-    """Catches checks that cannot fail: products with other weights, other greedy ids, a kernel that reads one key too
-    many or does not write the new one, weights that were updated otherwise, metrics that differ, and NaN."""
-    real = right.dequantize
+    """Catches checks that cannot fail: products with other weights, tokens that top-p leaves out, other greedy ids, a
+    cache that has been released and is still read, a kernel that reads one key too many or does not write the new one,
+    weights that were updated otherwise, metrics that differ, and NaN."""
+    real, threshold = right.dequantize, right.top_p_threshold
     monkeypatch.setattr(right, "dequantize", lambda weight: real(weight) * 1.1)
+    monkeypatch.setattr(right, "top_p_threshold", lambda logits, top_p: threshold(logits[:, :290], top_p))
     monkeypatch.setattr(right, "greedy_by_transformers", lambda model, prompts, n: [[1] * n for _ in prompts])
-    run_items(section, [Item("products", 0, right.check_products), Item("greedy", 0, right.check_greedy)])
+    faulty = (right.check_products, right.check_kernels, right.check_top_p, right.check_greedy)
+    run_items(section, [Item(check.__name__, 0, check) for check in faulty])
     checks = [row for row in rows_of(section) if row["kind"] == "check"]
-    assert len(checks) == 12 + 4 and not any(row["ok"] for row in checks)
+    assert len(checks) == 12 + 4 + 1 + 4 and not any(row["ok"] for row in checks)
+    monkeypatch.setattr(right, "resting", forgetful)
+    run_items(section, [Item("compiled", 0, right.check_compiled)])
+    checks = [row for row in rows_of(section) if "--sleep" in row["name"]]
+    assert len(checks) == 2 and not any(row["ok"] for row in checks)
     for name in ("causal_attention", "document_attention", "linear_cross_entropy", "linear_logprobs"):
         faulty = partial(wrong_in_bf16, getattr(right, name))
         monkeypatch.setattr(right, name, faulty)
     monkeypatch.setattr(right.optim, "gpu_kernel", lambda device: mock.Mock())  # updates nothing
-    section.runtime = ON_CPU._replace(dtype=torch.bfloat16)
+    section.runtime, before = ON_CPU._replace(dtype=torch.bfloat16), len(rows_of(section))
     run_items(section, [Item("gradients", 0, right.check_gradients), Item("AdamW", 0, right.check_optimizer)])
-    checks = [row for row in rows_of(section) if row["kind"] == "check"][16:]
-    assert len(checks) == 4 + 2 and not any(row["ok"] for row in checks)
+    checks = rows_of(section)[before:]
+    assert len(checks) == 6 + 2 and not any(row["ok"] for row in checks)
 
     def kernel(q, new_k, new_v, k, v, table, lengths, splits, short=0, writes=True):
         out = []

@@ -266,6 +266,9 @@ def check_flags(args: PpoArgs) -> None:
         refuse_idle(args, "with --kl_coef 0", "kl_in")
     if args.whiten_rewards and args.kl_in == "loss":
         raise ValueError("--whiten_rewards would not scale the KL of --kl_in loss; take --kl_in reward")
+    if 0 < args.total_steps <= args.critic_warmup_steps:
+        warmup = f"--critic_warmup_steps {args.critic_warmup_steps}"
+        say(f"{warmup}: the critic alone learns in all {args.total_steps} updates; the policy will not learn")
 
 
 def export(

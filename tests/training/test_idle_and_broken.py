@@ -20,6 +20,7 @@ from models.record_files import Record
 from models.reward import encode_steps, split_steps
 from models.tokenizer import Tokenizer
 from tests import tiny
+from training import train_ppo
 from training.frozen import check_reader
 from training.graders import exact_match, math_answer, multiple_choice
 from training.metrics import Metrics
@@ -133,6 +134,27 @@ def test_no_time_out(folder, world, tmp_path):
     """Catches --reward_timeout accepted silently for a batch function, which is called once and has no timeout."""
     result = run("train_ppo", folder, world, tmp_path / "out", "--reward_fn", "fn.py:whole", "--reward_timeout", 5)
     assert result.code == 0 and "--reward_timeout has no effect without a --reward_fn of the form" in result.stdout
+
+
+PPO = (train_ppo, train_ppo.PpoArgs)
+
+
+@pytest.mark.parametrize(
+    "script, given, said",
+    [
+        (PPO, {"critic_warmup_steps": 3, "total_steps": 3}, "in all 3 updates; the policy will not learn\n"),
+        (PPO, {"critic_warmup_steps": 2, "total_steps": 3}, ""),
+        (PPO, {"critic_warmup_steps": 2, "total_steps": 0}, ""),
+    ],
+)
+def test_what_is_said_of_flags(script, given, said, tmp_path, capsys):
+    """Catches a run that looks as if it learnt, or a flag that looks as if it did something, without a word; and a word
+    where nothing is wrong."""
+    module, Args = script
+    folders = {"checkpoint_path": tmp_path, "output_dir": tmp_path, "prompt_file": tmp_path}
+    module.check_flags(Args(**folders, reward_fn=["f.py:f"], **given))
+    printed = capsys.readouterr().out
+    assert printed.endswith(said) and bool(printed) == bool(said)
 
 
 def test_rewards_without_weight(folder, world, tmp_path):

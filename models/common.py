@@ -115,14 +115,21 @@ def flags_of(Args: type) -> list[Flag]:
     return sorted(flags, key=lambda each: Args.__mro__.index(each.group))  # stable
 
 
-def refuse_idle(args, why: str, *names: str) -> None:
-    """Raises ValueError if one of these flags is given, since it would have no effect; names the first one."""
+def given_of(args, *names: str) -> list[str]:
+    """Returns those of these flags that are given, with their values, as in a command line."""
+    given = []
     for each in flags_of(type(args)):
         if each.name in names and getattr(args, each.name) != each.default:
             value = getattr(args, each.name)
             value = " ".join(map(str, value)) if isinstance(value, list) else value
-            shown = f"--{'no-' * (not value)}{each.name}" if isinstance(value, bool) else f"--{each.name} {value}"
-            raise ValueError(f"{shown} does nothing {why}")
+            given.append(f"--{'no-' * (not value)}{each.name}" if isinstance(value, bool) else f"--{each.name} {value}")
+    return given
+
+
+def refuse_idle(args, why: str, *names: str) -> None:
+    """Raises ValueError if one of these flags is given, since it would have no effect; names the first one."""
+    for given in given_of(args, *names):
+        raise ValueError(f"{given} does nothing {why}")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.batches import Split
 from models.checkpoint import Folder
-from models.common import Runtime
+from models.common import Runtime, given_of, say
 from models.decode import can_pack, copy_for_inference
 from models.forward import forward_rows
 from models.fsdp import ParallelArgs, reshard
@@ -132,6 +132,14 @@ def minibatches(args: RolloutArgs, step: int, num_passes: int) -> Iterator[list[
     for number in range((step - 1) * num_passes, step * num_passes):
         order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number)
         yield from (order[i : i + args.step_size] for i in range(0, len(order), args.step_size))
+
+
+def say_what_is_not_clipped(args: RolloutArgs, num_passes: int, *names: str) -> None:
+    """Says if one of these flags, each a range to clip to, is given although an update is one optimizer step: its
+    ratios are 1 then, and its values the old ones, but for rounding."""
+    given = given_of(args, *names)
+    if given and num_passes * args.rollout_batch_size == args.step_size:
+        say(f"{', '.join(given)}: nothing is clipped, since an update is one step, from the model that answered")
 
 
 def rows_at(part: list[int], device: torch.device) -> Callable[[Tensor], Tensor]:

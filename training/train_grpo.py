@@ -82,6 +82,7 @@ from training.rollouts import (
     minibatches,
     pass_rates,
     rows_at,
+    say_what_is_not_clipped,
 )
 from training.run_dir import Run, RunArgs
 from training.samples import SampleLog
@@ -242,6 +243,8 @@ def check_flags(args: GrpoArgs) -> None:
             refuse_idle(args, "for --loss_type cispo beside --epsilon_high, which bounds its ratios", "epsilon")
         else:
             say(f"--loss_type cispo: ratios are capped at --epsilon {args.epsilon}; --epsilon_high 5 is usual")
+    elif not args.kl_in_reward:  # then a ratio is of a whole answer to log-probs of another pass: rounding adds up
+        say_what_is_not_clipped(args, args.num_iterations, "epsilon", "epsilon_high", "delta")
     if args.soft_punish_cache is not None and args.soft_punish_cache > args.max_new_tokens:
         raise ValueError(
             f"--soft_punish_cache {args.soft_punish_cache} is more than --max_new_tokens {args.max_new_tokens}"

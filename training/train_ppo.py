@@ -79,6 +79,7 @@ from training.rollouts import (
     minibatches,
     pass_rates,
     rows_at,
+    say_what_is_not_clipped,
 )
 from training.run_dir import Run, RunArgs
 from training.samples import SampleLog
@@ -266,6 +267,7 @@ def check_flags(args: PpoArgs) -> None:
         refuse_idle(args, "with --kl_coef 0", "kl_in")
     if args.whiten_rewards and args.kl_in == "loss":
         raise ValueError("--whiten_rewards would not scale the KL of --kl_in loss; take --kl_in reward")
+    say_what_is_not_clipped(args, args.ppo_epochs, "cliprange", "dual_clip", "cliprange_value")
     if 0 < args.total_steps <= args.critic_warmup_steps:
         warmup = f"--critic_warmup_steps {args.critic_warmup_steps}"
         say(f"{warmup}: the critic alone learns in all {args.total_steps} updates; the policy will not learn")

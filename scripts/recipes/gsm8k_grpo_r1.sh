@@ -16,7 +16,7 @@ model=$(PYTHON="$python" bash scripts/model.sh "$model")
 head -n 256 "$out/test.jsonl" >"$out/held_out.jsonl"
 "$python" training/train_grpo.py --resume --checkpoint_path "$model" --output_dir "$out/policy" \
     --prompt_file "$out/train.jsonl" --eval_prompt_file "$out/held_out.jsonl" --eval_steps 20 \
-    --reward_fn training/graders.py:math_answer --loss_type dapo --epsilon_high 0.28 --num_generations 8 \
+    --reward_fn training/graders.py:math_answer --loss_type dapo --num_generations 8 \
     --max_resamples 2 --mask_truncated_completions --soft_punish_cache "${CACHE:-1024}" --temperature 0.6 --tis_cap 2 \
     --rollout_batch_size 128 --max_tokens_per_micro_batch 16384 --max_new_tokens "${TOKENS:-4096}" \
     --activation_checkpointing full --optim adamw_8bit \

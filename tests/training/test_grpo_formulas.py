@@ -9,6 +9,7 @@ import torch
 
 from tests.training.test_losses_grpo import CLOSE, divisor_of
 from training.grpo_losses import (
+    LOSS_TYPES,
     GrpoLossArgs,
     all_alike,
     group_advantages,
@@ -27,6 +28,15 @@ def one_answer(loss_type, ratios, advantage, **options):
     losses, _ = grpo_losses(args, new, old, torch.tensor([advantage]), mask)
     (grad,) = torch.autograd.grad(losses.sum(), new)
     return losses.detach(), grad[0], new.detach()[0]
+
+
+@pytest.mark.parametrize("loss_type", [each for each in LOSS_TYPES if each != "cispo"])
+def test_bounds_do_nothing_in_a_first_step(loss_type):
+    """Catches a bound that matters where all ratios are 1; train_grpo.py says that none does."""
+    for advantage in (1.5, -1.5):
+        loose, tight = {}, {"epsilon": 1e-6, "epsilon_high": 1e-6, "delta": 1 + 1e-6}
+        found = [one_answer(loss_type, [1.0] * 4, advantage, **options)[:2] for options in (loose, tight)]
+        assert all(map(torch.equal, *found)) and found[0][1].any()
 
 
 def test_group_advantages_by_hand():

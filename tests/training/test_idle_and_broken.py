@@ -20,7 +20,7 @@ from models.record_files import Record
 from models.reward import encode_steps, split_steps
 from models.tokenizer import Tokenizer
 from tests import tiny
-from training import train_ppo
+from training import train_grpo, train_ppo
 from training.frozen import check_reader
 from training.graders import exact_match, math_answer, multiple_choice
 from training.metrics import Metrics
@@ -136,7 +136,9 @@ def test_no_time_out(folder, world, tmp_path):
     assert result.code == 0 and "--reward_timeout has no effect without a --reward_fn of the form" in result.stdout
 
 
-PPO = (train_ppo, train_ppo.PpoArgs)
+PPO, GRPO = (train_ppo, train_ppo.PpoArgs), (train_grpo, train_grpo.GrpoArgs)
+CLIPS = {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 2.0}
+NOT_CLIPPED = "nothing is clipped, since an update is one step, from the model that answered\n"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +147,23 @@ PPO = (train_ppo, train_ppo.PpoArgs)
         (PPO, {"critic_warmup_steps": 3, "total_steps": 3}, "in all 3 updates; the policy will not learn\n"),
         (PPO, {"critic_warmup_steps": 2, "total_steps": 3}, ""),
         (PPO, {"critic_warmup_steps": 2, "total_steps": 0}, ""),
+        (
+            PPO,
+            {"ppo_epochs": 1, "cliprange": 0.1, "cliprange_value": 0.0},
+            f"0.1, --cliprange_value 0.0: {NOT_CLIPPED}",
+        ),
+        (PPO, {"ppo_epochs": 1, "dual_clip": 3.0, "minibatch_size": 64}, f"--dual_clip 3.0: {NOT_CLIPPED}"),
+        (PPO, {"ppo_epochs": 1, "dual_clip": 3.0, "minibatch_size": 32}, ""),
+        (PPO, {"ppo_epochs": 2, "cliprange": 0.1}, ""),
+        (PPO, {"ppo_epochs": 1}, ""),
+        (GRPO, CLIPS, f"--epsilon 0.1, --epsilon_high 0.3, --delta 2.0: {NOT_CLIPPED}"),
+        (GRPO, {"loss_type": "gspo", "epsilon": 3e-4}, f"--epsilon 0.0003: {NOT_CLIPPED}"),
+        (GRPO, {"loss_type": "rloo", "epsilon": 0.1}, f"--epsilon 0.1: {NOT_CLIPPED}"),
+        (GRPO, {"loss_type": "rloo", "epsilon": 0.1, "beta": 0.1}, ""),
+        (GRPO, {"loss_type": "cispo", "epsilon_high": 0.3}, ""),
+        (GRPO, {**CLIPS, "num_iterations": 2}, ""),
+        (GRPO, {**CLIPS, "minibatch_size": 32}, ""),
+        (GRPO, {}, ""),
     ],
 )
 def test_what_is_said_of_flags(script, given, said, tmp_path, capsys):

@@ -68,14 +68,17 @@ def check_scheme(
     tp_size: int,
     *,
     is_stored: bool = False,
+    named: str = "",
 ) -> None:
     """Raises ValueError if a model sharded over tp_size ranks cannot be quantised so, or cannot run on this device.
-    is_stored: a folder holds the model in this scheme."""
+    is_stored: a folder holds the model in this scheme. named: what the error begins with, the folder and the flag that
+    ask for the scheme ("checkpoints/x: --quantize ")."""
     if isinstance(scheme, Scheme) and scheme.mode == "fp8":
         if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
-            raise ValueError("fp8 needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later; take int8 or int4")
+            hopper = "an NVIDIA GPU of compute capability 9.0 (Hopper) or later"
+            raise ValueError(f"{named}fp8 needs {hopper}; take int8 or int4")
         if dtype != torch.bfloat16:
-            raise ValueError("fp8 computes in bfloat16: give --dtype bfloat16")
+            raise ValueError(f"{named}fp8 computes in bfloat16: give --dtype bfloat16")
     by_kind = _inputs(config, tp_size)
     layers = [(scheme.of(name), by_kind[name.rpartition(".")[2]]) for name in linear_layers(config.num_hidden_layers)]
     grouped = [(each, inputs) for each, inputs in layers if each.group_size is not None]
@@ -86,9 +89,8 @@ def check_scheme(
             if is_stored:
                 smaller = f" or quantise the original again in groups of {fitting[-1]}" if fitting else ""
                 advice = f"take fewer ranks{smaller}"
-            raise ValueError(
-                f"{each.mode}: {_share(key, size, parts)} is not divisible by groups of {each.group_size}; {advice}"
-            )
+            share = _share(key, size, parts)
+            raise ValueError(f"{named}{each.mode}: {share} is not divisible by groups of {each.group_size}; {advice}")
 
 
 def _inputs(config: ModelConfig, tp_size: int) -> dict[str, tuple[str, int, int]]:
@@ -203,13 +205,21 @@ def quantized_part(
 
 
 def check_runnable(
-    files: WeightFiles, config: ModelConfig, scheme: Schemes | None, runtime: Runtime, tp_size: int, head: str = "lm"
+    files: WeightFiles,
+    config: ModelConfig,
+    scheme: Schemes | None,
+    runtime: Runtime,
+    tp_size: int,
+    head: str = "lm",
+    flag: str = "--quantize",
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a model's parameters. Raises the errors of load_model, or with a scheme of load_quantized,
-    early, before data are tokenised: ValueError for an unsupported scheme, and for files that do not hold the model."""
+    early, before data are tokenised: ValueError for an unsupported scheme, and for files that do not hold the model.
+    flag: that a scheme which the folder does not hold comes from."""
     is_stored = is_quantized(read_hf_config(files.folder))
     if scheme is not None:
-        check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size, is_stored=is_stored)
+        named = f"{files.folder}: " + f"{flag} " * (not is_stored)
+        check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size, is_stored=is_stored, named=named)
     if "lm_head.weight_packed" in files.names():
         raise ValueError(f"{files.folder}: its lm_head is quantised; only the layers of the blocks may be")
     with torch.device("meta"):

@@ -82,10 +82,8 @@ def choose_lora(
         layers = _of_kinds({layer.rpartition(".")[2] for layer in policy.layers}, config)
     scheme = base_scheme(args.quantize_base)
     if scheme is not None:
-        try:
-            check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
-        except ValueError as error:  # names the base: a critic may have another
-            raise ValueError(f"{base}: --quantize_base {error}") from None
+        named = f"{base}: --quantize_base "  # a critic may have another base
+        check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size, named=named)
     streams = {"": 0 if policy is None else 1} | ({CRITIC: 1} if with_critic else {})
     values = _new_values(config, layers, r, args.seed, streams)
     if starts_as_policy and args.adapter_path is not None:

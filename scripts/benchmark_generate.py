@@ -156,7 +156,7 @@ def measure_generate(args: GenerateArgs, runtime: Runtime) -> dict:
         group_size = args.group_size if mode == "int4" else None
         schemes[mode] = None if mode == "none" else rounding_scheme(mode, group_size, config, tp_size, flag)
     for scheme in filter(None, schemes.values()):
-        check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
+        check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size, named=f"{flag} ")
     tp = parallel_of(init_mesh(runtime.device, tp_size)).tp if tp_size > 1 else None
     stored = None if args.weight_dtype is None else getattr(torch, args.weight_dtype)
     models = {mode: random_inference_model(config, runtime, scheme, tp, stored) for mode, scheme in schemes.items()}

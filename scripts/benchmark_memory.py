@@ -234,7 +234,7 @@ def report_quantized_memory(args: MemoryArgs) -> None:
     config = args.config
     scheme = rounding_scheme(args.quantize, args.group_size, config)
     runtime = choose_runtime(args)
-    check_scheme(scheme, config, runtime.device, runtime.dtype, 1)
+    check_scheme(scheme, config, runtime.device, runtime.dtype, 1, named="--quantize ")
     sizes = quantized_memory(config, scheme, runtime.dtype)
     sizes["sum"] = sum(sizes.values())
     rows = {name: sized(size) for name, size in sizes.items()}

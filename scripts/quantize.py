@@ -98,7 +98,7 @@ def main(args: QuantizeScriptArgs) -> None:
     if args.eval_file is not None and head == "score":
         source = args.checkpoint_path if has_score_head(args.checkpoint_path) else args.adapter_path
         raise ValueError(f"--eval_file: {source} is of a reward model, which has no perplexity")
-    shapes = check_runnable(files, config, scheme, runtime, 1, head)
+    shapes = check_runnable(files, config, scheme, runtime, 1, head, "--mode")
     check_weights(files.folder, files.paths())
     calibration, evaluation = (
         [] if path is None else load_rows(path, folder.tokenizer, config, args.max_seq_len, most)

@@ -243,7 +243,7 @@ def frozen_scheme(path: Path, name: str, args, runtime: Runtime) -> Schemes | No
     mode, tp_size = getattr(args, name), args.tensor_parallel_size
     scheme = choose_scheme(path, mode, args.group_size if mode == "int4" else None, f"--{name}", tp_size)
     head = "score" if name == "quantize_reward" else "lm"
-    check_runnable(WeightFiles(path), model_config(path), scheme, runtime, tp_size, head)
+    check_runnable(WeightFiles(path), model_config(path), scheme, runtime, tp_size, head, f"--{name}")
     return scheme
 
 

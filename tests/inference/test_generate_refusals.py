@@ -68,7 +68,7 @@ FLAG_CASES = {  # name: (flags, what the message names)
     "repetition_penalty": (("--prompt", "a", "--repetition_penalty", "0"), ("--repetition_penalty", "> 0")),
     "unknown flag": (("--prompt", "a", "--beam_size", "4"), ("--beam_size",)),
     "abbreviated flag": (("--prompt", "a", "--temp", "0"), ("--temp",)),
-    "fp8 on a CPU": (("--prompt_file", "nowhere.jsonl", "--quantize", "fp8"), ("fp8", "int8")),
+    "fp8 on a CPU": (("--prompt_file", "nowhere.jsonl", "--quantize", "fp8"), (": --quantize fp8 needs", "int8")),
     "int4 groups": (
         ("--prompt", "a", "--quantize", "int4"),
         ("no group size divides", "intermediate_size 112", "take int8"),

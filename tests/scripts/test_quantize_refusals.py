@@ -35,16 +35,18 @@ def test_a_quantised_folder(tmp_path):
 
 
 def test_groups_that_ranks_would_divide(tmp_path):
-    """Catches advice to read a quantised folder in smaller groups, which --group_size then refuses."""
+    """Catches advice to read a quantised folder in smaller groups, which --group_size then refuses, and an error that
+    names neither the folder nor the flag."""
     tiny.write_model(tmp_path / "model", intermediate_size=128)
     flags = ("--checkpoint_path", tmp_path / "model", "--output_dir", tmp_path / "int4", "--group_size", 64)
     assert tiny.run("scripts/quantize.py", *flags).code == 0
     runtime = Runtime(torch.device("cpu"), torch.float32, False)
-    for name, mode, group_size, advice in (
-        ("int4", "none", None, "take fewer ranks or quantise the original again in groups of 32"),
-        ("model", "int4", 64, "groups of 32 are possible"),
+    for name, mode, group_size, named, advice in (
+        ("int4", "none", None, "int4", "take fewer ranks or quantise the original again in groups of 32"),
+        ("model", "int4", 64, "--quantize int4", "groups of 32 are possible"),
     ):
         folder = tmp_path / name
         scheme = choose_scheme(folder, mode, group_size)
-        with pytest.raises(ValueError, match=f"/ 2 ranks is not divisible by groups of 64; {advice}"):
+        why = f"{folder}: {named}: .* / 2 ranks is not divisible by groups of 64; {advice}"
+        with pytest.raises(ValueError, match=why):
             check_runnable(WeightFiles(folder), ModelConfig.from_hf(folder), scheme, runtime, 2)

@@ -223,6 +223,10 @@ BAD_FLAGS = {
     "gamma": ({"simpo_gamma": 0.3}, ["--simpo_gamma 0.3 does nothing for --loss sigmoid; it is for simpo"]),
     "alpha": ({"rpo_alpha": 0.3, "loss": "ipo"}, ["--rpo_alpha 0.3 does nothing for --loss ipo; it is for rpo"]),
     "int4 groups": ({"quantize_ref": "int4"}, ["--quantize_ref int4: no group size divides", "intermediate_size 112"]),
+    "given groups": (
+        {"quantize_ref": "int4", "group_size": 32},
+        ["{folder}: --quantize_ref int4: intermediate_size 112 is not divisible by groups of 32; take int8"],
+    ),
     "quantised nothing": (
         {"quantize_ref": "int8", "loss": "simpo"},
         ["--quantize_ref int8 does nothing", "simpo, which has no reference"],
@@ -246,7 +250,7 @@ def test_bad_input(name, folder, train_file, tmp_path):
     if name in BAD_RECORDS:
         train_file = tiny.write_records(tmp_path / "train.jsonl", BAD_RECORDS[name][0])
     result = tiny.run(SCRIPT, *flags(folder, train_file, tmp_path / "out", **given))
-    tiny.assert_refused(result, *parts)
+    tiny.assert_refused(result, *(part.replace("{folder}", str(folder)) for part in parts))
     assert not (tmp_path / "out").exists()
 
 

@@ -8,6 +8,7 @@
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -90,8 +91,8 @@ def prompts_of(examples: Iterable[Example], count: int) -> list[EvalPrompt]:
     """Returns the prompts of the first `count` rows with target tokens. A row's last span of targets (the completion,
     or the assistant's last turn) is the reference, the tokens before it are the prompt; if there are none, the span is
     split in the middle."""
-    prompts = []
-    for example in islice((example for example in examples if example.num_targets), count):
+    prompts, most = [], min(count, sys.maxsize)  # more than islice can count are all there are
+    for example in islice((example for example in examples if example.num_targets), most):
         learnt, ids = [label != IGNORE_INDEX for label in example.labels], list(map(int, example.input_ids))
         end = max(i for i, is_learnt in enumerate(learnt) if is_learnt) + 1
         start = max((i + 1 for i in range(end) if not learnt[i]), default=0) or max(1, end // 2)

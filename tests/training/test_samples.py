@@ -97,7 +97,8 @@ def test_resume_drops_what_follows_the_checkpoint(folder, files, tmp_path):
 
 
 def test_prompts_of_all_kinds_of_records(tmp_path):
-    """Catches a chat cut at its first answer, a header or end of turn on the wrong side, and a text with no prompt."""
+    """Catches a chat cut at its first answer, a header or end of turn on the wrong side, a text with no prompt, and an
+    error for a count of more than islice can count to."""
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
     template += "{% if add_generation_prompt %}<assistant>{% endif %}"
     tiny.write_tokenizer(tmp_path, chat_template=template)
@@ -106,7 +107,7 @@ def test_prompts_of_all_kinds_of_records(tmp_path):
     chat = [{"role": role, "content": f"say {i}"} for i, role in enumerate(roles)]
     records = [{"messages": chat}, {"prompt": "3 plus 4", "completion": " is 7"}, {"text": "The answer is 17, or so"}]
     examples = [encode_sft_record(Record("", fields), tokenizer)[0] for fields in records]
-    in_chat, completion, text = prompts_of(examples, 9)
+    in_chat, completion, text = prompts_of(examples, 10**30)
     assert prompts_of(examples, 2) == [in_chat, completion]
     assert tokenizer.decode(in_chat.ids, False) == "<user>say 0</s><assistant>say 1</s><user>say 2</s><assistant>"
     assert tokenizer.decode_continuation(in_chat.ids, in_chat.reference, False) == "say 3</s>"

@@ -434,6 +434,15 @@ def test_a_function_that_changes_what_it_is_given():
     assert (prompts, examples) == (["a"], [{"tests": [1, 2]}])
 
 
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_bytes_are_no_numbers(kind):
+    """Catches bytes taken for a list of the numbers of their characters, or a bytearray for the number it spells."""
+    for rewards, why in ((kind(b"12"), "it is a"), ([kind(b"1"), kind(b"2")], "returned a")):
+        grader = Grader("--reward_fn", "f.py:f", lambda rewards=rewards, **_: rewards, False, False)
+        with pytest.raises(ValueError, match=f"must return a list of numbers: TypeError: {why} {kind.__name__}"):
+            call_batch(grader, ["a"] * 2, ["b"] * 2, [{}] * 2)
+
+
 async def cancelled(prompts, completions, examples):
     waiting = asyncio.ensure_future(asyncio.sleep(60))
     waiting.cancel()

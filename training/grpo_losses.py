@@ -59,7 +59,9 @@ class GrpoLossArgs:
         "group", choices=("group", "batch", "none"), help="divide advantages by the reward std of this; not for rloo"
     )
     mask_truncated_completions: bool = flag(
-        False, help="do not train on answers that ran out of tokens, nor apply --soft_punish_cache to them"
+        False,
+        help="do not train on answers that ran out of tokens, nor apply --soft_punish_cache to them; their rewards, "
+        "with a --length_penalty, stay in their group's mean",
     )
     tis_cap: float | None = flag(
         None,

@@ -302,23 +302,34 @@ class _TurnFinder:
                 return led_by + len(lead)
         before = self.rendered(i, add_generation_prompt=True)
         start, prompted = _common_prefix(before, self.text), before[behind:]
-        if start < behind:  # the template formats the preceding message differently when others follow
-            header = before[len(self.rendered(i, add_generation_prompt=False)) :]
-            headers, limit = [header, BEGUN_THOUGHT.sub("", header)], self.begins.get(i)
-            found = [(self.text.find(each, behind, limit), len(each)) for each in headers if each.strip()]
-            found = sorted((at, -length) for at, length in found if at >= 0)
-            if not found and limit is None:
+        if start < len(before):
+            shown = len(self.rendered(i, add_generation_prompt=False))
+            header, found = before[shown:], None
+            if start < behind or not before[shown : _before_tag(before, start)].strip():
+                found = self._header_of(i, header, max(behind, min(start, shown)))
+            if found is not None:  # the template formats the preceding message differently when others follow
+                start, prompted = found[1], self.text[behind : found[0]] + header
+            elif start >= behind:  # the header before an answer differs from the generation prompt
+                closed = CLOSED_THOUGHT.search(before)
+                start = start if closed is None else min(start, closed.start())
+                start = min(_before_tag(self.text, start), self.begins.get(i, start))
+                start = max(start, behind)
+            elif i in self.begins:
+                start, prompted = self.begins[i], self.text[behind : self.begins[i]] + header
+            else:
                 raise ValueError(f"the chat template does not show where message {i} begins")
-            at, length = found[0] if found else (limit, 0)
-            start, prompted = at - length, self.text[behind:at] + header
-        elif start < len(before):  # the header before an answer differs from the generation prompt
-            closed = CLOSED_THOUGHT.search(before)
-            start = start if closed is None else min(start, closed.start())
-            start = min(_before_tag(self.text, start), self.begins.get(i, start))
-            start = max(start, behind)
         if led_by is not None:
             self.leads[kind] = prompted, self.text[led_by:start]
         return start
+
+    def _header_of(self, i: int, header: str, behind: int) -> tuple[int, int] | None:
+        """Returns (start, end) of message i's header, perhaps without the thought that it begins; None if the text does
+        not have it."""
+        limit = self.begins.get(i, self.calls.get(i))
+        headers = [each for each in (header, BEGUN_THOUGHT.sub("", header)) if each.strip()]
+        found = [(self.text.find(each, behind, limit), -len(each)) for each in headers]
+        start, length = min((each for each in found if each[0] >= 0), default=(-1, 0))
+        return (start, start - length) if length else None
 
     def _block_end(self, i: int) -> int:
         """Returns the end of the text that the template writes for message i, as far as it is the same when others

@@ -44,6 +44,10 @@ TEMPLATES = {
     "calls": "{% for m in messages %}{% if m.role == 'assistant' and m['content'] is none %}<|assistant|>"
     "{{ m.tool_calls[0].function.name }}<|eot_id|>{% else %}<|{{ m.role }}|>{{ '' + m['content'] }}<|eot_id|>"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    # Tulu 3, OLMo 2: a newline behind all of the assistant's turns but the last
+    "tulu3": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% if m.role == 'assistant' %}"
+    "{% if loop.last %}<|eot_id|>{% else %}<|eot_id|>\n{% endif %}{% else %}{{ '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
 }
 TOKENS = ["<|user|>", "<|assistant|>", "<|system|>", "<think>", "</think>"]
 
@@ -98,6 +102,7 @@ LEARNT = {  # learnt of TURNS; of a turn with a thought; how many of two such tu
     "llama33": (["four<|eot_id|>", "yes<|eot_id|>"], [THOUGHT + "<|eot_id|>"], 0),
     "marked": (["four\n<|eot_id|>", " yes <|eot_id|>"], [THOUGHT + "<|eot_id|>"], 0),
     "calls": (["four\n<|eot_id|>", " yes <|eot_id|>"], [THOUGHT + "<|eot_id|>"], 0),
+    "tulu3": (["four\n<|eot_id|>", " yes <|eot_id|>"], [THOUGHT + "<|eot_id|>"], 0),
 }
 
 
@@ -372,6 +377,24 @@ def test_two_answers_in_a_row_whatever_was_read_before(opened):
     for order in (chats, chats[::-1]):
         for messages, learnt in order:
             assert row_of(tokenizer, messages=messages)[1] == learnt
+
+
+@pytest.mark.parametrize("last", ["<|eot_id|>", "<|end_of_text|>"])
+def test_two_answers_in_a_row_that_end_otherwise(last, tmp_path):
+    """Catches a header learnt with the answer behind it, where the template ends the last message otherwise: without a
+    newline, as Tulu 3's, or by another token, as OLMo 3's."""
+    byte_level_folder(tmp_path, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=TOKENS)
+    template = TEMPLATES["tulu3"].replace("last %}<|eot_id|>", f"last %}}{last}")
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer, oracle = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    messages = [user("a"), said("one"), said("two"), said(""), user("b"), said("three"), said("four")]
+    wanted = [f"{text}<|eot_id|>" for text in ("one", "two", "", "three")] + [f"four{last}"]
+    text, learnt, counts = row_of(tokenizer, messages=messages)
+    assert text == oracle.apply_chat_template(messages, tokenize=False) and learnt == wanted and not counts
+    unlearnt = [user("a"), said("one", weight=0), said("two")]
+    assert row_of(tokenizer, messages=unlearnt)[1] == [f"two{last}"]
+    text, learnt, _ = row_of(tokenizer, prompt=[user("a"), said("one")], completion=[said("two")])
+    assert text == row_of(tokenizer, messages=unlearnt)[0] and learnt == [f"two{last}"]
 
 
 OPENED = "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' and m.reasoning_content %}<think>\n"

@@ -297,8 +297,8 @@ class _TurnFinder:
             *(bool(message.get(name)) for name in ("tool_calls", *REASONING)),
             content_of(message).lstrip()[:1] == "<",  # may be a thought, whose tag the header may have opened
         )
-        for lead in self.leads.get(kind, ()):
-            if lead and led_by is not None and self.text.startswith(lead, led_by):
+        for lead in self.leads.get(kind, ()):  # white space alone may be the end of the content before it
+            if lead.strip() and led_by is not None and self.text.startswith(lead, led_by):
                 return led_by + len(lead)
         before = self.rendered(i, add_generation_prompt=True)
         start, prompted = _common_prefix(before, self.text), before[behind:]

@@ -397,6 +397,17 @@ def test_two_answers_in_a_row_that_end_otherwise(last, tmp_path):
     assert text == row_of(tokenizer, messages=unlearnt)[0] and learnt == [f"two{last}"]
 
 
+def test_white_space_between_question_and_answer(tmp_path):
+    """Catches a newline learnt before an answer, where no header is between it and a question that ends in one."""
+    byte_level_folder(tmp_path, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=TOKENS)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{{ '<|eot_id|>' if m.role == 'assistant' else '\n' }}{% endfor %}"
+    )
+    messages = [user("a"), said("one"), user("b\n"), said("two"), user("c"), said("three")]
+    learnt = row_of(Tokenizer(tmp_path), messages=messages)[1]
+    assert learnt == ["one<|eot_id|>", "two<|eot_id|>", "three<|eot_id|>"]
+
+
 OPENED = "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' and m.reasoning_content %}<think>\n"
 OPENED += (
     "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}TAG\n"

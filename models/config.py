@@ -96,6 +96,8 @@ class ModelConfig:
         if head_dim % 2:
             raise ValueError(f"{where}: head_dim {head_dim} must be even for rotary embeddings")
         rope_theta, rope_scaling = rope_settings(config, where)
+        context = scaled_context(number("max_position_embeddings"), rope_scaling)
+        _refuse_window(config, where, context)
         switches = {key: config.get(key) for key in ("tie_word_embeddings", *SWITCHES[model_type])}
         for key, value in switches.items():
             if value not in (None, True, False):
@@ -109,7 +111,7 @@ class ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=scaled_context(number("max_position_embeddings"), rope_scaling),
+            max_position_embeddings=context,
             rms_norm_eps=number("rms_norm_eps", kind=float, default=1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
@@ -193,6 +195,17 @@ def _refuse_unsupported(config: dict, where: str) -> None:
             f"{where}: quantization_config {config['quantization_config']!r} is not supported, only the layout of "
             f"{QUANT_METHOD}; if an older scripts/quantize.py wrote the folder, run it again"
         )
+
+
+def _refuse_window(config: dict, where: str, context: int) -> None:
+    """Raises ValueError for a window shorter than the context: where layer_types is left out, transformers' cache of a
+    llama keeps no more than the window, which its mask of a whole row ignores."""
+    if config["model_type"] != "llama" or config.get("layer_types"):
+        return
+    for key in ("sliding_window", "attention_chunk_size"):
+        window = config.get(key)
+        if window is not None and (type(window) is not int or window < context):
+            raise ValueError(f"{where}: {key} {window!r} is not supported, only the context's {context} or more")
 
 
 def _number(config: dict, where: str, key: str, kind: type = int, default: float | None = None) -> float:

@@ -399,6 +399,9 @@ GOOD = {
         ({"model_type": "qwen3_moe"}, "qwen3_moe"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
         ({"model_type": "qwen2"}, "num_key_value_heads 32"),
+        ({"sliding_window": 2047}, "sliding_window"),
+        ({"sliding_window": False}, "sliding_window"),
+        ({"attention_chunk_size": 16}, "attention_chunk_size"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"layer_types": ["full_attention"] * 2}, "layer_types lists 2 layers, num_hidden_layers is 1"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
@@ -426,6 +429,25 @@ def test_unsupported_configs_name_the_key(change, culprit):
     ModelConfig.from_hf(GOOD)
     with pytest.raises(ValueError, match=culprit):
         ModelConfig.from_hf(GOOD | change)
+
+
+@pytest.mark.parametrize("key", ["sliding_window", "attention_chunk_size"])
+def test_windows(key, tmp_path):
+    """Catches a window ignored that transformers has when it decodes, though not in whole rows; and a window refused
+    that is as long as the context, or that layer_types overrules."""
+    context = 64
+    input_ids = torch.randint(tiny.VOCAB_SIZE, (1, context))
+    for window, more in ((context, {}), (16, {"layer_types": ["full_attention"] * 2}), (16, {})):
+        theirs = tiny.write_model(tmp_path, max_position_embeddings=context, **{key: window}, **more)
+        with torch.no_grad():
+            cache = theirs(input_ids[:, :-1], use_cache=True).past_key_values
+            decoded = theirs(input_ids[:, -1:], past_key_values=cache).logits
+        if window == context or more:
+            ours = logits_of(load_model(tmp_path), input_ids)
+            torch.testing.assert_close(ours[:, -1:], decoded, atol=1e-4, rtol=0)
+    assert not torch.allclose(ours[:, -1:], decoded, atol=0.1, rtol=0)
+    with pytest.raises(ValueError, match=f"{key} 16 is not supported, only the context's 64 or more"):
+        open_folder(tmp_path)
 
 
 def test_score_head(folder, tmp_path):

@@ -10,14 +10,16 @@ CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${1:?DATA_FOLDER is missing}
 model=${2:-deepseek-ai/deepseek-math-7b-base} out=${3:-runs/easy-to-hard} python=${PYTHON:-.venv/bin/python}
 run() { "$python" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-8}" "$@"; }
+finished() { [ -f "$1/config.json" ] && echo "$1: finished before; remove the folder to train again"; }
 for part in sft steps hard held_out; do
     [ -f "$data/$part.jsonl" ] || { echo "$data/$part.jsonl is missing" >&2; exit 2; }
 done
 model=$(PYTHON="$python" bash scripts/model.sh "$model")
-run training/finetune_sft.py --resume --checkpoint_path "$model" --output_dir "$out/sft" \
+finished "$out/sft" || run training/finetune_sft.py --resume --checkpoint_path "$model" --output_dir "$out/sft" \
     --train_file "$data/sft.jsonl" --pack --max_seq_len 1024 --batch_size 64 --num_epochs 3 --learning_rate 2e-5
-run training/train_rm.py --resume --loss process --checkpoint_path "$out/sft" --output_dir "$out/prm" \
-    --train_file "$data/steps.jsonl" --max_tokens_per_micro_batch 16384 --batch_size 128 --learning_rate 2e-6
+finished "$out/prm" || run training/train_rm.py --resume --loss process --checkpoint_path "$out/sft" \
+    --output_dir "$out/prm" --train_file "$data/steps.jsonl" --max_tokens_per_micro_batch 16384 --batch_size 128 \
+    --learning_rate 2e-6
 run inference/generate.py --resume --checkpoint_path "$out/sft" --prompt_file "$data/held_out.jsonl" --num_samples 64 \
     --temperature 0.7 --max_new_tokens 768 --batch_size 256 --output_file "$out/samples.jsonl"
 run inference/score.py --resume --checkpoint_path "$out/prm" --data_file "$out/samples.jsonl" \

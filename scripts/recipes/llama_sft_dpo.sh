@@ -11,6 +11,7 @@ CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${1:?DATA_FOLDER is missing}
 model=${2:-meta-llama/Llama-3.1-8B} out=${3:-runs/llama-sft-dpo} python=${PYTHON:-.venv/bin/python}
 run() { "$python" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-8}" "$@"; }
+finished() { [ -f "$1/config.json" ] && echo "$1: finished before; remove the folder to train again"; }
 for part in chats chats.eval pairs pairs.eval; do
     [ -f "$data/$part.jsonl" ] || { echo "$data/$part.jsonl is missing" >&2; exit 2; }
 done
@@ -25,7 +26,7 @@ if [ -n "${TEMPLATE:-}" ]; then
     model=$out/base
 fi
 
-run training/finetune_sft.py --resume --checkpoint_path "$model" --output_dir "$out/sft" \
+finished "$out/sft" || run training/finetune_sft.py --resume --checkpoint_path "$model" --output_dir "$out/sft" \
     --train_file "$data/chats.jsonl" --eval_file "$data/chats.eval.jsonl" --eval_steps 100 --pack \
     --max_seq_len 4096 --overlong truncate --batch_size 128 --micro_batch_size 2 \
     --activation_checkpointing selective --num_epochs 1 --learning_rate 1e-5

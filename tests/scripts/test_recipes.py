@@ -1,6 +1,7 @@
 """scripts/recipes/*.sh: their commands, recorded by a stub in place of Python."""
 
 import importlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -54,11 +55,15 @@ def run(recipe, tmp_path, *arguments, root=tiny.ROOT, **environment):
     return done, [line.split("\037")[:-1] for line in (tmp_path / "log").read_text().splitlines()]
 
 
+def output_dirs(words):
+    return [value for flag, value in itertools.pairwise(words) if flag == "--output_dir"]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_commands(recipe, tmp_path, monkeypatch):
     """Catches a renamed flag, a value that a flag does not take, batches that do not divide over the ranks, a stage
-    that cannot be run again after a later one failed, a recipe that an exported CDPATH leads elsewhere, and one that
-    says nothing of an argument or a file that is missing."""
+    that cannot be run again after a later one failed, or is run again when it has finished, a recipe that an exported
+    CDPATH leads elsewhere, and one that says nothing of an argument or a file that is missing."""
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     out.mkdir()
@@ -76,6 +81,15 @@ def test_commands(recipe, tmp_path, monkeypatch):
             split_batch(args, args.step_size, "--minibatch_size")
         elif script.startswith("training/"):
             split_batch(args, args.batch_size)
+    for stage in ("sft", "prm"):  # whose checkpoints may have been removed since, for the room of a later one's
+        (out / stage).mkdir(exist_ok=True)
+        (out / stage / "config.json").touch()
+    (tmp_path / "log").unlink()
+    done, left = run(recipe, tmp_path, *places)
+    assert done.returncode == 0, done.stderr
+    if recipe in ("llama_sft_dpo.sh", "easy_to_hard.sh"):
+        stages = [words for words in commands if {f"{out}/sft", f"{out}/prm"} & {*output_dirs(words)}]
+        assert stages and left == [words for words in commands if words not in stages], recipe
     done, commands = run(recipe, tmp_path / "model")
     assert done.returncode and "is missing" in done.stderr and not commands, done
     if recipe != "slurm.sh":  # before a model is fetched
@@ -96,7 +110,7 @@ def test_a_model_is_downloaded_once(recipe, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         (tmp_path / "log").unlink(missing_ok=True)
-        done, commands = run(recipe, tmp_path, tmp_path, name, tmp_path / "out", root=root)
+        done, commands = run(recipe, tmp_path, tmp_path, name, tmp_path / path.name, root=root)
         assert done.returncode == 0, done.stderr
         assert commands.count(["scripts/download.py", name]) == downloads
         assert any(f"checkpoints/{name}" in words for words in commands)

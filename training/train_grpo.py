@@ -243,7 +243,7 @@ def check_flags(args: GrpoArgs) -> None:
             refuse_idle(args, "for --loss_type cispo beside --epsilon_high, which bounds its ratios", "epsilon")
         else:
             say(f"--loss_type cispo: ratios are capped at --epsilon {args.epsilon}; --epsilon_high 5 is usual")
-    elif not args.kl_in_reward:  # then a ratio is of a whole answer to log-probs of another pass: rounding adds up
+    else:
         say_what_is_not_clipped(args, args.num_iterations, "epsilon", "epsilon_high", "delta")
     if args.soft_punish_cache is not None and args.soft_punish_cache > args.max_new_tokens:
         raise ValueError(
@@ -362,6 +362,7 @@ def groups_of(
         advantages = group_advantages(rewards, args.num_generations, args.scale_rewards)
     drawn, clipped = torch.zeros_like(engine_logps), torch.zeros(2, len(rows), device=device)
     num_learnt = learnt.sum(dim=1).tolist()
+    logps = logps if several else None  # also if the KL has them: those of another pass are rounded otherwise
     return Groups(rows, mask, learnt, num_learnt, advantages, kl.item(), engine_logps, logps, ref_logps, drawn, clipped)
 
 

@@ -188,6 +188,16 @@ def test_micro_batches(loss_type, world, tmp_path):
         assert (weights[name] - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
 
 
+def test_one_step_on_policy(world, tmp_path, seen, monkeypatch):
+    """Catches ratios other than 1 in an update of one step, to log-probs of another pass: over rloo's whole answers
+    their rounding adds up, and is clipped in bf16."""
+    real = train_grpo.all_logps
+    monkeypatch.setattr(train_grpo, "all_logps", lambda *args: real(*args) * (1 + 1e-3))
+    grpo(world, tmp_path / "out", loss_type="rloo", beta=0.3, total_steps=1, micro_batch_size=5)
+    [(_, _, steps)] = seen
+    assert len(steps) == 3 and all(torch.equal(logps, old_logps) for logps, old_logps, *_ in steps)
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none", "rloo"])
 def test_equal_rewards_move_nothing(scale, world, tmp_path):
     """Catches a mean of equal rewards that is rounded to another number: the advantages' sign would then be that of the

@@ -202,19 +202,29 @@ def samples_done(args: GenerateArgs, num_records: int) -> tuple[np.ndarray, int]
 
 def check_prompts_of_samples(args: GenerateArgs, source: PromptSource) -> None:
     """Raises ValueError if a sample in the output file is of another prompt than the one at its place, which
-    --accept_changed admits: other prompts would have no sample, or those of a neighbour. Not where it also admits
-    flags that alter every prompt."""
+    --accept_changed admits: other prompts would have no sample, or those of a neighbour. What --system and --chat add
+    is not compared where it admits these, too."""
     accepted = set(args.accept_changed or ()) if args.resume else set()
-    if not accepted & {"prompt", "prompt_file"} or accepted & {"system", "chat"}:
+    if not accepted & {"prompt", "prompt_file"}:
         return
+    form = _as_given if accepted & {"system", "chat"} else lambda prompt: prompt
     of_idx: dict[int, dict[str, int]] = {}  # {idx: {digest of its prompt: number of a line}}
     for number, line in enumerate(read_begun(args.output_file, "generate.py", ("idx", "prompt")), start=1):
-        of_idx.setdefault(line["idx"], {})[text_digest(line["prompt"])] = number
+        of_idx.setdefault(line["idx"], {})[text_digest(form(line["prompt"]))] = number
     for idx, (where, prompt) in enumerate(source.all_asked()):
         for digest, number in of_idx.get(idx, {}).items():
-            if digest != text_digest(prompt):
+            if digest != text_digest(form(prompt)):
                 place = f"{args.output_file}:{number}"
                 raise ValueError(f"{place}: is not of the prompt at its place, {where}; begin another file")
+
+
+def _as_given(prompt: str | list[dict]) -> str | list[dict]:
+    """Returns a prompt without a system message, and a chat that is only the user's text as this text."""
+    if isinstance(prompt, str):
+        return prompt
+    rest = [message for message in prompt if message.get("role") != "system"]
+    is_text = len(rest) == 1 and rest[0].get("role") == "user" and isinstance(rest[0].get("content"), str)
+    return rest[0]["content"] if is_text else rest
 
 
 def text_digest(prompt: str | list[dict]) -> str:

@@ -263,8 +263,10 @@ def test_resume_with_a_prompt_inserted(half_done, tmp_path):
     assert [prompts_of[i] for i in range(5)] == [*(record["prompt"] for record in other), "last"]
     templated = shutil.copytree(folder, tmp_path / "templated")
     tiny.write_tokenizer(templated, chat_template="{{ messages[0].content }}")
-    both = generate(templated, *run_flags(corrected, out, *accept, "checkpoint_path", "chat", "--chat"))
+    accept = (*accept, "checkpoint_path", "chat", "--chat")
+    both = generate(templated, *run_flags(corrected, out, *accept))
     assert both.code == 0, both.stderr
+    tiny.assert_refused(generate(templated, *run_flags(inserted, out, *accept)), "is not of the prompt at its place, ")
 
 
 def test_resume_of_a_run_that_has_not_ended(half_done, tmp_path, monkeypatch):

@@ -271,7 +271,8 @@ def choose_runtime(args: RuntimeArgs) -> Runtime:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {args.device}: only cpu and cuda (NVIDIA or AMD) are supported")
     on_gpu = device.type == "cuda"
-    if on_gpu and device.index is not None and device.index != int(os.environ.get("LOCAL_RANK", device.index)):
+    of_rank = (os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE"))
+    if on_gpu and device.index is not None and of_rank[0] is not None and of_rank != (str(device.index), "1"):
         raise ValueError(f"--device {args.device}: each rank takes a GPU of its own; name them in CUDA_VISIBLE_DEVICES")
     if on_gpu:  # torch.cuda.set_device needs the index; Triton launches its kernels on the current device
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))

@@ -349,10 +349,14 @@ def test_runtime(monkeypatch):
         with pytest.raises(ValueError, match=f"--device {device}: "):
             choose_runtime(RuntimeArgs(device=device))
     monkeypatch.setenv("LOCAL_RANK", "0")
-    for device, why in (("cuda:1", "each rank takes a GPU of its own"), ("cuda:0", "")):
-        with pytest.raises(ValueError, match=f"--device {device}: {why}") as refused:
+    for device, ranks, why in (
+        ("cuda:1", "1", "each rank takes a GPU of its own"),
+        ("cuda:0", "2", "each rank takes a GPU of its own"),
+        ("cuda:0", "1", "there "),
+    ):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        with pytest.raises(ValueError, match=f"--device {device}: {why}"):
             choose_runtime(RuntimeArgs(device=device))
-    assert "of its own" not in str(refused.value)  # but that there is none
 
 
 def test_bounds_of_an_integer_that_no_float_holds():

@@ -145,6 +145,8 @@ def test_prompts_are_those_of_training(tmp_path):
         assert grade(form, data, tmp_path / name, *flags).code == 0
         assert [line["grade"] for line in tiny.read_lines(tmp_path / name)] == wanted
     assert grade(form, data, tmp_path / "with", *given, "--resume").code == 0
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert grade(form, data, tmp_path / "cloned", *given).code == 0
     (folder / "model.safetensors").unlink()
     assert grade(form, data, tmp_path / "laptop", *given).code == 0
     (folder / CHECKSUMS).write_text(json.dumps({"files": {"tokenizer_config.json": "0" * 64}, "weights": {}}))

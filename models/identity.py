@@ -4,7 +4,8 @@
 - so is the content of every input file and folder: of all flags of type Path, unless declared `written`, and the file
   of a function, FILE.py:NAME. Paths are not compared, so data may move. New flags are included automatically
 - a difference is an error that names the flag; --accept_changed NAME accepts it, and the run then has the new value
-- ranks are compared in the same way at the start: nodes may be given other commands, or hold other files at a path
+- ranks are compared in the same way at the start, in all flags but those of a machine (OF_A_NODE): nodes may be given
+  other commands, or hold other files at a path
 """
 
 import json

@@ -34,8 +34,9 @@ from safetensors.torch import load_file
 
 from inference.lines import write_lines
 from models.common import at_least_one, flag
+from models.config import ModelConfig
 from models.export import save_folder
-from models.model import ModelConfig, Transformer
+from models.model import Transformer
 from models.script import run_script
 from scripts.torture_attempt import ROOT, Attempt, Job, fork
 from scripts.workload import counted

@@ -1,4 +1,4 @@
-"""models/pad_token.py: which token pads an exported folder. Its effect on scores: training/test_train_rm.py."""
+"""models/pad_token.py: which token pads an exported folder. Its effect on scores: training/test_train_rm_export.py."""
 
 import json
 

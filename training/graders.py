@@ -22,6 +22,7 @@ ANSWER_IS = re.compile(  # in English and Chinese
     r"|\u7b54\u6848\W{0,3}[\u662f\u4e3a\u70ba:\uff1a]",
     re.I,
 )
+LED_BY = re.compile(r"(?:\W|\b(?:so|thus|hence|therefore|the|my|our|final)\b)*", re.I)  # before "answer is"
 # Behind "the answer is": words in front of the answer; how it was found; and what states none: "I hope it is correct".
 HOW = "(?:calculated|computed|obtained|found|given|expressed)"
 LEAD = re.compile(
@@ -161,8 +162,10 @@ def marked_answer(text: str) -> str | None:
     last = text[sign + len("####") :].strip() if sign >= 0 else None
     if last is not None and HEADING.match(last) is None:
         line = last.partition("\n")[0]
-        stated = line[max((match.end() for match in ANSWER_IS.finditer(line)), default=0) :].strip()
-        return line.strip() if NO_ANSWER.match(stated) and re.search(r"\d", line) else stated  # "18: it is correct"
+        found = [match.span() for match in ANSWER_IS.finditer(line)]
+        stated = line[found[-1][1] if found else 0 :].strip()
+        is_all = not found or LED_BY.fullmatch(line[: found[-1][0]])  # unlike "A. I hope the answer is correct"
+        return stated if is_all or not NO_ANSWER.match(stated) else line.strip()
     return _stated(text) if tagged is None else _within(tagged)
 
 

@@ -153,6 +153,8 @@ STATED = [  # (whole text, gold, whether its answer is right)
     ("I have 18. The answer is six.", "18", 0),
     ("I have 18, so the answer is clear: 20", "18", 0),
     ("#### The answer is correct", "correct", 1),
+    ("#### So my final answer is: correct", "correct", 1),
+    ("#### not right: the answer is correct", "correct", 0),
     ("#### The answer is wrong", "correct", 0),
     (r"18? The answer is correct: \boxed{correct}", "18", 0),
     ("The answer is calculated as 9*2 = 18.", "18", 1),
@@ -210,6 +212,8 @@ def test_what_is_stated():
         ("I take 'C', since A's is wrong", "C"),
         ("answer: c) a city", "C"),
         ("I hope the answer is correct: (C)", "C"),
+        ("#### A. The answer is clear: B fails", "A"),
+        ("#### A (the answer is based on B)", "A"),
     ],
 )
 def test_choices(text, letter):
@@ -228,6 +232,7 @@ def test_choices(text, letter):
         "The answer is A, B, C or D",
         "The answer is A/B",
         "Answer: (A) or (B)",
+        "#### B or A. I hope the answer is right",
     ],
 )
 def test_several_choices(text):

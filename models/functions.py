@@ -202,7 +202,7 @@ def load_grader(flag: str, place: str, text: str | None = None) -> Grader:
 def number(value: object) -> float:
     """Converts a function's result to a number of at most LARGEST in size. Raises TypeError, ValueError or
     OverflowError for anything else."""
-    if isinstance(value, str | bytes | bytearray):
+    if isinstance(value, str | bytes | bytearray | memoryview):
         raise TypeError(f"returned a {type(value).__name__}, not a number")
     result = float(value)
     if not math.isfinite(result):
@@ -230,7 +230,7 @@ def call_batch(grader: Grader, prompts: list[str], completions: list[str], examp
         if os.getpid() != pid:  # the function forked, and returned in the child, too
             os._exit(0)
     try:
-        if isinstance(rewards, str | bytes | bytearray | dict | set | frozenset):
+        if isinstance(rewards, str | bytes | bytearray | memoryview | dict | set | frozenset):
             raise TypeError(f"it is a {type(rewards).__name__}")
         rewards = list(rewards)
         if len(rewards) != len(completions):

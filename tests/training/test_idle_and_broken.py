@@ -433,7 +433,7 @@ def test_a_function_that_changes_what_it_is_given():
     assert (prompts, examples) == (["a"], [{"tests": [1, 2]}])
 
 
-@pytest.mark.parametrize("kind", [bytes, bytearray])
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_bytes_are_no_numbers(kind):
     """Catches bytes taken for a list of the numbers of their characters, or a bytearray for the number it spells."""
     for rewards, why in ((kind(b"12"), "it is a"), ([kind(b"1"), kind(b"2")], "returned a")):

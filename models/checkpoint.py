@@ -52,7 +52,7 @@ class ModelArgs(RuntimeArgs):
     chat_date: str | None = flag(
         None,
         help="date that chat templates take for today, YYYY-MM-DD; default: with --resume the day the run began, in "
-        "score.py the day that generate.py began --data_file, else today",
+        "score.py the day of the samples in --data_file, as generate.py recorded it, else today",
     )
 
 

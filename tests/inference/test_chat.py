@@ -147,9 +147,13 @@ def test_ctrl_c(chat_folder, monkeypatch):
     assert chat(chat_folder)[0].code == 0
 
 
-def test_who_types_may_take_hours(monkeypatch):
+def test_who_types_may_take_hours(chat_folder, monkeypatch):
     """Catches ranks that wait for the user's line inside a collective, which fails at its timeout."""
-    order = []
+    order, asked = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "on_main", asked.append)  # which returns None: today, and no more lines
+        tiny.run("inference/chat.py", "--checkpoint_path", chat_folder, *GREEDY)
+    assert asked[1:] == [script.read_line]
     monkeypatch.setattr("builtins.input", lambda prompt: order.append("typed") or "hello")
     monkeypatch.setattr(common, "several_ranks", lambda: True)
     monkeypatch.setattr(common, "wait_for_all_ranks", lambda: order.append("waited"))

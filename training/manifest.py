@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
 from models.checksums import THREADS, agreed, bytes_bar, digest
 from models.common import is_main_rank
@@ -168,11 +168,22 @@ _METADATA_CLASSES = {
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in _METADATA_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(
                 f"{METADATA} asks for {module}.{name}, which no checkpoint needs: it is damaged, or made to run code"
             )
-        return super().find_class(module, name)
+        return super().find_class("pathlib" if module == "pathlib._local" else module, name)  # earlier ones lack it
+
+
+def _member(of: object, name: object) -> object:
+    """getattr() for what Python 3.11.0 to 3.11.4 pickle with it: the member of an Enum."""
+    if of is not _MEM_FORMAT_ENCODING or name not in of.__members__:
+        raise pickle.UnpicklingError(
+            f"{METADATA} asks for builtins.getattr of what no checkpoint needs: it is damaged, or made to run code"
+        )
+    return of[name]
 
 
 def read_metadata(folder: Path) -> Metadata:

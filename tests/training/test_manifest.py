@@ -12,6 +12,7 @@ import zipfile
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from tests.damage import DAMAGES, flip
@@ -138,11 +139,28 @@ def payloads(target):
     yield "posix.system", pickle.dumps(Call(os.system, touch))
     yield "builtins.eval", pickle.dumps(Call(eval, f"open({str(target)!r}, 'w')"))
     yield "builtins.getattr", pickle.dumps([Call(getattr, touch, "upper"), Call(os.system, touch)])
+    yield "builtins.getattr", pickle.dumps(Call(getattr, _MEM_FORMAT_ENCODING, "__subclasses__"))
     # a module imported by the metadata's own module, by its dotted name
     dotted = f"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93\x8c{chr(len(touch))}{touch}"
     yield "torch.distributed.checkpoint.metadata.os.system", dotted.encode("latin1") + b"\x85R."
     yield "OrderedDict, not", pickle.dumps(collections.OrderedDict())
     yield "is damaged", b"\x80\x04" + b"nonsense"
+
+
+def test_metadata_of_other_pythons(copy, monkeypatch):
+    """Catches checkpoints taken for broken of Python 3.11.0 to 3.11.4, which pickle a member of an Enum by its name,
+    and of 3.13, whose paths have another module."""
+    _, newest = copy
+    metadata = read_metadata(newest)
+    monkeypatch.setattr(
+        _MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name))
+    )
+    of_3_11 = pickle.dumps(metadata)
+    of_3_13 = pickle.dumps(metadata, 2, fix_imports=False).replace(b"cpathlib\nPosix", b"cpathlib._local\nPosix")
+    assert b"getattr" in of_3_11 and b"_local" in of_3_13
+    for content in (of_3_11, of_3_13):
+        (newest / METADATA).write_bytes(content)
+        assert read_metadata(newest) == metadata
 
 
 def test_metadata_runs_no_code(copy, tmp_path, capsys):

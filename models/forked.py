@@ -43,13 +43,17 @@ class _Context(ForkContext):
 def map_in_processes(
     function: Callable[[Thing], Result], things: Iterable[Thing], num_workers: int, *, fewer: str
 ) -> Iterator[Result]:
-    """Yields function(thing) of each thing, in order; in this process with fewer than 2 workers, or outside Linux,
-    where forking is not safe. Raises the function's exceptions in their turn, and ValueError if a process is killed.
-    fewer: what a user does to have fewer processes."""
+    """Yields function(thing) of each thing, in order; in this process with fewer than 2 workers, outside Linux, where
+    forking is not safe, or without semaphores. Raises the function's exceptions in their turn, and ValueError if a
+    process is killed. fewer: what a user does to have fewer processes."""
     if num_workers < 2 or sys.platform != "linux":
         yield from map(function, things)
         return
-    pool = ProcessPoolExecutor(num_workers, _Context(), initializer=_begin, initargs=(function, os.getpid()))
+    try:
+        pool = ProcessPoolExecutor(num_workers, _Context(), initializer=_begin, initargs=(function, os.getpid()))
+    except OSError:  # its semaphores need a /dev/shm that can be written
+        yield from map(function, things)
+        return
     waiting: deque = deque()
     try:
         for thing in things:

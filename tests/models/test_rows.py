@@ -15,12 +15,13 @@ import weakref
 from datetime import date
 from functools import partial
 from itertools import chain
+from unittest import mock
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from models import common, record_files, rows
+from models import common, forked, record_files, rows
 from models.forked import map_in_processes
 from models.functions import ASK_TO_END
 from models.parts import cut_whole
@@ -342,6 +343,12 @@ def test_a_worker_that_is_killed(monkeypatch):
     with pytest.raises(ValueError, match=r"killed.*lower --flag$"):
         list(map_in_processes(lambda x: fate[x](), range(2), 2, fewer="lower --flag"))
     assert time.monotonic() - began < 30
+
+
+def test_no_semaphores(monkeypatch):
+    """Catches large files that are not tokenised, for a reason in no words, where /dev/shm is missing or read-only."""
+    monkeypatch.setattr(forked, "ProcessPoolExecutor", mock.Mock(side_effect=OSError(30, "Read-only file system")))
+    assert list(map_in_processes(lambda x: x + 1, range(3), 2, fewer="")) == [1, 2, 3]
 
 
 def test_forks_leave_garbage_to_their_parent(tmp_path, monkeypatch):

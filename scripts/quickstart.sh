@@ -12,7 +12,7 @@ python=.venv/bin/python
 folder() { if [ "$1" = "${seeds[0]}" ]; then echo runs/toy; else echo "runs/toy-$1"; fi; }
 step() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
-if [ "$(printf '%s\n' "${seeds[@]}" | grep -E '^(0|[1-9][0-9]*)$' | sort -u | wc -l)" != ${#seeds[@]} ]; then
+if [ "$(printf '%s\n' "${seeds[@]}" | grep -E '^(0|[1-9][0-9]*)$' | sort -u | wc -l)" -ne ${#seeds[@]} ]; then
     echo "quickstart: the seeds must be different whole numbers, not: ${seeds[*]}" >&2
     exit 2
 fi

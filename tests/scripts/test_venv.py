@@ -70,3 +70,14 @@ def test_seeds_of_the_quickstart(seeds, tmp_path):
     script = shutil.copy(tiny.ROOT / "scripts/quickstart.sh", tmp_path / "scripts")
     refused = subprocess.run(["bash", script, *seeds], capture_output=True, text=True)
     assert refused.returncode == 2 and not refused.stdout and "different whole numbers" in refused.stderr
+
+
+def test_padded_counts(tmp_path):
+    """Catches seeds that are refused where wc pads its number, as on macOS."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "wc").write_text('#!/bin/sh\nprintf "%8d\\n" "$(/usr/bin/env -i /usr/bin/wc "$@")"\n')
+    (tmp_path / "wc").chmod(0o755)
+    script = shutil.copy(tiny.ROOT / "scripts/quickstart.sh", tmp_path / "scripts")
+    path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    went_on = subprocess.run(["bash", script, "3", "4"], env=path, capture_output=True, text=True)
+    assert "Python environment" in went_on.stdout and "different whole numbers" not in went_on.stderr

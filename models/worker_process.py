@@ -110,7 +110,9 @@ def _serve(requests: int, replies: int) -> None:
     file = os.fdopen(requests, "rb")
     start = json.loads(file.readline())
     sys.path[:] = start["path"]
-    resource.setrlimit(resource.RLIMIT_DATA, 2 * (start["memory"],))  # also of each process that this one starts
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = start["memory"] if hard == resource.RLIM_INFINITY else min(start["memory"], hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))  # also of each process that this one starts
     try:
         graders = [load_grader(*each) for each in start["graders"]]
     except (ValueError, OSError) as error:

@@ -99,6 +99,7 @@ def load_function(flag: str, place: str, text: str | None = None) -> Callable:
     beside = str(Path(path).resolve().parent)  # so that the file can import its neighbours, as a script can
     sys.path += [beside] * (beside not in sys.path)
     _check_neighbours(f"{flag} {place}", _source(Path(path)) if text is None else text, Path(beside))
+    spec.name = spec.loader.name = _importable_name(Path(path)) or spec.name
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look it up
     try:
@@ -109,6 +110,17 @@ def load_function(flag: str, place: str, text: str | None = None) -> Callable:
     if not callable(function):
         raise ValueError(f"{flag} {place}: {path} has no function {name}")
     return function
+
+
+def _importable_name(path: Path) -> str | None:
+    """Returns the name under which a process that multiprocessing starts anew (the default on macOS, and since Python
+    3.14) finds a file beside others of sys.path; None if another module has this name."""
+    found = None
+    if path.stem.isidentifier() and path.stem not in sys.modules:
+        with contextlib.suppress(ImportError, ValueError):
+            found = importlib.util.find_spec(path.stem)
+    is_it = found is not None and found.origin is not None and Path(found.origin).resolve() == path.resolve()
+    return path.stem if is_it else None
 
 
 def _source(path: Path) -> str:
@@ -185,9 +197,14 @@ def load_grader(flag: str, place: str, text: str | None = None) -> Grader:
     function = load_function(flag, place, text)
     called = (function, getattr(function, "__call__", None))  # noqa: B004 (an object with an async __call__)
     is_async = any(map(inspect.iscoroutinefunction, called))
+    options = {}
+    if sys.version_info >= (3, 14):  # names suffice: a type may be known to type checkers alone, and is looked up there
+        import annotationlib
+
+        options["annotation_format"] = annotationlib.Format.FORWARDREF
     for names in (BATCH, ANSWER):
         try:
-            signature = inspect.signature(function)
+            signature = inspect.signature(function, **options)
             signature.bind(**dict.fromkeys(names))
         except (TypeError, ValueError):  # other parameters; a built-in without a signature
             continue

@@ -273,6 +273,21 @@ def test_forms(file, tmp_path, monkeypatch):
     assert [(g.per_answer, g.is_async) for g in graders] == [(True, True), (False, True), (True, False)]
 
 
+def test_processes_started_anew(tmp_path, monkeypatch):
+    """Catches a file's functions that a process of multiprocessing does not find where it is not forked, as on macOS
+    and by default since Python 3.14: its pool waits without end, and a check in a process of its own never succeeds."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own_checks.py").write_text(
+        "import multiprocessing\n"
+        "def check(text): return float(text == 'right')\n"
+        "def batch(prompts, completions, examples):\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        return pool.map_async(check, completions).get(60)\n"
+    )
+    grader = load_grader("--reward_fn", f"{tmp_path}/own_checks.py:batch")
+    assert call_batch(grader, ["p"] * 2, ["right", "wrong"], [{}] * 2) == [(1, None), (0, None)]
+
+
 def test_an_alarm_ends_with_its_call(tmp_path):
     """Catches an alarm that a batch function, or its file, leaves pending and that is raised in the run, a timer of the
     run itself that it takes away or sets back, and a handler that the file set for its alarms lost."""

@@ -49,9 +49,7 @@ def grade_file(args) -> None:
     if args.checkpoint_path is not None:
         check_files(args.checkpoint_path)
         is_reward_model = False
-        with contextlib.suppress(
-            FileNotFoundError, ValueError
-        ):  # no model runs: the weights may not be here, or not yet
+        with contextlib.suppress(FileNotFoundError, ValueError):  # no model runs: weights may be missing or incomplete
             is_reward_model = has_score_head(args.checkpoint_path)
         if is_reward_model:
             why = "beside a --grader it is the model that answered; a reward model scores in a run of its own"
